@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.formats.blocks.types import TensorType, type_by_name
-from gguf_run.formats.compiler.deferred import COMPILING
+from gguf_run.formats.blocks.unpack import IntegerForm
+from gguf_run.formats.compiler.deferred import COMPILING, imported
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.frozen import frozen
 
@@ -60,7 +61,9 @@ _TABLES = {
     "FP8_E5M2_128": float8("F8_E5M2"),
     "NF4": np.array(_NF4, np.float32),
     "FP4": np.concatenate([_FP4, -_FP4]),
+    "INT8_F32": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
 }
+_TABLES |= {f"{name}_F32": _TABLES[name] for name in ("NF4", "FP4")}
 
 
 def _form(name: str, table: NDArray[np.float32]) -> CodedForm:
@@ -68,6 +71,15 @@ def _form(name: str, table: NDArray[np.float32]) -> CodedForm:
     return CodedForm(type_by_name(name), table)
 
 
+# How the codes of types of 4 bits become panels of integers.
+CODES_OF_4_BITS: Mapping[str, IntegerForm] = MappingProxyType(
+    {
+        name: IntegerForm(
+            type_by_name(name), 32, 0, 15, False, False, imported(f"{__package__}.unpack_small", "unpack_4")
+        )
+        for name in ("NF4", "FP4")
+    }
+)
 CODED_FORMS: Mapping[str, CodedForm] = MappingProxyType({name: _form(name, table) for name, table in _TABLES.items()})
 
 

@@ -100,6 +100,10 @@ CHECKPOINT_TYPES: tuple[TensorType, ...] = (
     # bitsandbytes: a byte of qs has two weights, the first one in the high nibble.
     _row(None, "NF4",           64,  36, ("d", _F32), ("qs", _U8, 32)),
     _row(None, "FP4",           64,  36, ("d", _F32), ("qs", _U8, 32)),
+    # The same blocks, of which products take activations as they are, not rounded to int8.
+    _row(None, "INT8_F32",      32,  36, ("d", _F32), ("qs", _I8, 32)),
+    _row(None, "NF4_F32",       64,  36, ("d", _F32), ("qs", _U8, 32)),
+    _row(None, "FP4_F32",       64,  36, ("d", _F32), ("qs", _U8, 32)),
 )
 # fmt: on
 

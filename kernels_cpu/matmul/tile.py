@@ -135,18 +135,18 @@ def _coded_tile(
 
 def load_codes(s: Simd, panel: CodedPanel, at: Val) -> list[Val]:
     """Load a step of a coded panel: f32[16] for each column. FP8 is divided by FLOAT8_FACTOR."""
-    if not panel.table:
-        pairs = [s.load(at + 2 * ROWS * i, I16, ROWS) for i in range(panel.columns // 2)]
-        return [halves.as_type(F16).to(F32) for pair in pairs for halves in _halves(panel, pair)]
-    pairs = [s.load(at + ROWS * i, I8, ROWS).to(I32, signed=False) for i in range(panel.columns // 2)]
-    return [s.look_up_floats(panel.table, codes) for pair in pairs for codes in (pair, pair >> 4)]
-
-
-def _halves(panel: CodedPanel, pair: Val) -> tuple[Val, Val]:
-    """Return FP8 in the low and in the high bytes of words as the bits of f16."""
-    if panel.name == "E5M2":
-        return pair << 8, pair & 0xFF00
-    return pair.s.low_bytes(pair) & 0xBFFF, pair.sar(1) & 0xBF80
+    if panel.table:
+        bytes_ = [s.load(at + ROWS * i, I8, ROWS).to(I32, signed=False) for i in range(panel.columns // 2)]
+        return [s.look_up_floats(panel.table, codes) for v in bytes_ for codes in (v, v >> 4)]
+    words = [s.load(at + 2 * ROWS * i, I16, ROWS) for i in range(panel.columns // 2)]
+    match panel.name:
+        case "INT8_F32":
+            return [v.to(I32).to(F32) for word in words for v in ((word << 8).sar(8), word.sar(8))]
+        case "E5M2":
+            pairs = [(word << 8, word & 0xFF00) for word in words]
+        case _:
+            pairs = [(s.low_bytes(word) & 0xBFFF, word.sar(1) & 0xBF80) for word in words]
+    return [half.as_type(F16).to(F32) for pair in pairs for half in pair]
 
 
 def load_floats(s: Simd, panel: FloatPanel | CodedPanel, at: Val) -> Val:

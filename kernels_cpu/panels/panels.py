@@ -34,12 +34,13 @@ from typing import ClassVar
 
 from llvmlite import ir
 
-from gguf_run.formats.blocks.coded import CODED_FORMS, CodedForm
+from gguf_run.formats.blocks.coded import CODED_FORMS, CODES_OF_4_BITS, CodedForm
 from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
 from gguf_run.formats.frozen import frozen
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
+_MOST_16 = 32767
 BLOCK = 32  # columns of a block of activations, and of a set of planes
 TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
@@ -62,6 +63,7 @@ SCALES = {
     for row in (
         Scales("f16", 32, False, 2, "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL TQ1_0 TQ2_0 Q1_0 Q2_0"),
         Scales("f32", 32, False, 4),  # all other types
+        Scales("f32 64", 64, False, 2, "NF4 FP4"),  # one for 64 columns, over 32767
         Scales("e8m0", 32, False, 1, "MXFP4"),  # an exponent, see formats/blocks/scalars.py
         Scales("none", 32, False, 0),  # all scales are 1
         Scales("row", 32, False, 0, "INT8"),  # one for each row, in front of all spans
@@ -86,6 +88,7 @@ class IntPanel:
     has_minimum: bool
     span: int  # columns of a span
     codebook: tuple[int, ...] = ()  # if not empty: u = codebook[code] + offset
+    fine: tuple[int, ...] = ()  # if not empty: 256 * codebook[code] + fine[code] is multiplied, in two products
 
     @property
     def columns(self) -> int:
@@ -178,10 +181,17 @@ class CodedPanel:
 
 
 def _coded_panel(form: CodedForm) -> CodedPanel:
-    name, shared = form.type.name, form.type.name.endswith("_128")
+    name, shared = form.type.name.removeprefix("FP8_").removesuffix("_128"), form.type.name.endswith("_128")
     if form.n_bits == 8:
-        return CodedPanel(name[4:8], (), form.type.block_size * shared, shared)
+        return CodedPanel(name, (), form.type.block_size * shared, shared)
     return CodedPanel(name, tuple(form.table.tolist()), form.type.block_size, False)
+
+
+def _panel_of_4_bits(form: CodedForm) -> IntPanel:
+    """Return a panel whose integers of 16 bits are at most 1 / 65534 of d from the numbers of the table."""
+    high, fine = zip(*(divmod(round(value * _MOST_16), 256) for value in form.table.tolist()), strict=True)
+    size = form.type.block_size
+    return IntPanel(4, 8, 128, BLOCK, SCALES["f32 64"], False, size, high, fine)
 
 
 def _int_panel(form: IntegerForm) -> IntPanel:
@@ -209,6 +219,7 @@ FLOAT_PANELS: dict[str, PlainPanel] = {
 PLAIN_PANELS: dict[str, PlainPanel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
 # The panel that each tensor type is repacked into. Types that are missing here go through F32.
 PANEL_OF: dict[str, Panel] = {**PLAIN_PANELS, **{name: _coded_panel(form) for name, form in CODED_FORMS.items()}}
+PANEL_OF |= {name: _panel_of_4_bits(CODED_FORMS[name]) for name in CODES_OF_4_BITS}
 # Panels of KV caches only. Their scales are elsewhere (attention/cache_types.py).
 CACHE_PANELS: dict[str, PlainPanel] = {
     "INT8": IntPanel(8, 8, 128, BLOCK, SCALES["none"], False, BLOCK),

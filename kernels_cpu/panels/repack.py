@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_run.formats.blocks.coded import CODES_AT
+from gguf_run.formats.blocks.coded import CODES_AT, CODES_OF_4_BITS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit, specialize
@@ -29,6 +29,7 @@ if COMPILING:
     from gguf_run.kernels_cpu.panels.pack import pack
     from gguf_run.kernels_cpu.vector.native import f32_at
 
+_FORMS = {**INTEGER_FORMS, **CODES_OF_4_BITS}
 _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # bytes of panels that a thread makes at a time
 
 # Placeholders: `specialize` replaces them in _repack_int.
@@ -72,7 +73,7 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
 
 @functools.cache
 def _repack_int_for(type_name: str) -> Callable[..., None]:
-    form, panel = INTEGER_FORMS[type_name], panel_for(type_name)
+    form, panel = _FORMS[type_name], panel_for(type_name)
     assert isinstance(panel, IntPanel)
     sizes = {"ROWS_AT": panel.rows_at, "BYTES": form.type.block_size // panel.span * panel.span_bytes}
     return specialize(_repack_int, type_name, PANEL=panel_id(panel), **sizes, **form.constants)
@@ -169,9 +170,7 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
         make = functools.partial(_repack_float, src, n_rows, n_in, to)
     else:
         # a panel with a codebook holds codes: with this grid the unpacker returns them
-        grid = (
-            np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else INTEGER_FORMS[tensor.type.name].grid()
-        )
+        grid = np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else _FORMS[tensor.type.name].grid()
         grid.flags.writeable = False
         flat, row_bytes = blocks.reshape(-1), blocks.shape[-1]
         repack_int = _repack_int_for(tensor.type.name)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy_backend import NumpyBackend, NumpyWeight
 from paged import mixed_table
 
-from gguf_run.formats.blocks.coded import CODED_FORMS, float8
+from gguf_run.formats.blocks.coded import CODED_FORMS, CODES_OF_4_BITS
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
@@ -38,7 +38,7 @@ from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Embed, Outputs
 
 # Types whose weights are multiplied with int8 activations; all others read the activations as they are.
-QUANTIZED = tuple(INTEGER_FORMS)
+QUANTIZED = (*INTEGER_FORMS, *CODES_OF_4_BITS)
 
 
 @functools.cache
@@ -124,8 +124,18 @@ def random_tensor(type_name: str, n_rows: int, n_in: int, seed: int = 0) -> Memo
 
 
 def weights_of(tensors: Sequence[MemoryTensor]) -> np.ndarray:
-    """float64[n_out, n_in]."""
-    return np.concatenate([dequantize(t.blocks(), t.type).astype(np.float64) for t in tensors])
+    """Return what is multiplied, float64[n_out, n_in]: of NF4 and FP4 the values of codes are rounded to 16 bits."""
+    parts = []
+    for t in tensors:
+        blocks, d = t.blocks(), np.ones(1)
+        if t.type.name in CODES_OF_4_BITS:
+            fields = blocks.copy().view(t.type.dtype)
+            d = fields["d"].repeat(t.type.block_size, 1).astype(np.float64)
+            fields["d"] = 1
+            blocks = fields.view(np.uint8)
+        values = dequantize(blocks, t.type).astype(np.float64)
+        parts.append(values if d.size == 1 else np.round(values * 32767) / 32767 * d)
+    return np.concatenate(parts)
 
 
 class Step:
@@ -256,7 +266,8 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
         for plane, at, bit, mask in bit_places(panel, i):
             u[:, :, i] |= (planes[:, :, plane].astype(np.int16) >> at & mask) << bit
     if panel.codebook:
-        u = np.array(panel.codebook)[u] + panel.offset
+        fine = np.array(panel.fine)[u] / 256 if panel.fine else 0
+        u = np.array(panel.codebook)[u] + panel.offset + fine
     assert u.max() < 1 << panel.dot_bits
     # [group, block, columns / 4, row, 4] -> [group, row, scale's group, column]
     q = u.transpose(0, 3, 1, 2, 4).reshape(n_group, ROWS, -1, panel.group).astype(np.float32) - np.float32(panel.offset)
@@ -277,8 +288,8 @@ def _coded_twin(panel: CodedPanel, data: np.ndarray, n_in: int) -> np.ndarray:
         values = np.array(panel.table, np.float32)[codes]
     else:
         codes = codes.reshape(len(data), -1, ROWS, 2).swapaxes(2, 3).reshape(codes.shape)
-        values = float8(f"F8_{panel.name}")[codes]
-        scales = scales / np.float32(FLOAT8_FACTOR[panel.name])
+        values = CODED_FORMS[panel.name if "INT8" in panel.name else f"FP8_{panel.name}"].table[codes]
+        scales = scales / np.float32(FLOAT8_FACTOR.get(panel.name, 1))
     values = values * scales.repeat(n_in // scales.shape[1], axis=1)
     return values.swapaxes(1, 2).reshape(-1, n_in)
 
@@ -290,6 +301,8 @@ def _bytes(spans: np.ndarray, first: int, end: int) -> np.ndarray:
 def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
     """float32[..., numbers of a step, ROWS] from uint8[..., head_bytes] (layout: kernels_cpu/panels/panels.py)."""
     name = panel.scales.name
+    if name == "f32 64":
+        return heads.view("f4").reshape(*heads.shape[:-1], 1, ROWS).repeat(2, -2) * np.float32(256)
     if name == "row":
         return np.zeros((*heads.shape[:-1], 0, ROWS), np.float32)
     if name in ("f16", "f32"):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cpu_ops import QUANTIZED, MemoryTensor, cpu, f32_tensor, random_tensor, tensor_of, unpack_panel
+from cpu_ops import MemoryTensor, cpu, f32_tensor, random_tensor, tensor_of, unpack_panel
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TENSOR_TYPES, type_by_name
@@ -39,8 +39,12 @@ def check_repack(tensors: list[MemoryTensor], n_threads: int = 3) -> None:
     assert sum(part.n_out for part in weight.parts) == len(expected)
     for part in weight.parts:
         values = unpack_panel(part, weight.n_in)
+        exact = expected[part.first : part.first + part.n_out]
+        if isinstance(part.panel, IntPanel) and part.panel.fine:  # d is below 0.1
+            np.testing.assert_allclose(values[: part.n_out], exact, atol=0.1 / 65000)
+            continue
         with np.errstate(all="ignore"):
-            assert_same_bits(values[: part.n_out], expected[part.first : part.first + part.n_out])
+            assert_same_bits(values[: part.n_out], exact)
         assert (values[part.n_out :] == 0).all(), "rows that fill the last panel are zeros"
 
 
@@ -61,7 +65,7 @@ def test_factors_of_matrices() -> None:
     assert_same_bits(unpack_panel(weight.parts[0], weight.n_in)[:72], expected)
 
 
-@pytest.mark.parametrize("type_name", [name for name in QUANTIZED if name != "INT8"])  # a row of INT8 has one scale
+@pytest.mark.parametrize("type_name", [name for name in INTEGER_FORMS if name != "INT8"])  # a row of INT8 has one scale
 def test_any_bytes_can_be_repacked(type_name: str) -> None:
     """Scales of infinity and NaN too: what dequantizes to them is in the panel."""
     type = type_by_name(type_name)
@@ -126,7 +130,7 @@ def test_number_of_threads_does_not_matter(type_name: str) -> None:
     assert (results[0] == results[2]).all()
 
 
-@pytest.mark.parametrize("type_name", QUANTIZED)
+@pytest.mark.parametrize("type_name", INTEGER_FORMS)
 def test_panel_is_wide_enough(type_name: str) -> None:
     """u = q + offset is not negative and below 2^dot_bits for all q that a block can hold; AVX2 counts on it."""
     form, panel = INTEGER_FORMS[type_name], PANEL_OF[type_name]
