@@ -163,8 +163,12 @@ def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int
     if isinstance(panel, CodedPanel):
         make = functools.partial(_repack_coded, tensor, panel, blocks, out.reshape(-1, panel.group_bytes(n_in)))
     elif isinstance(panel, FloatPanel):
-        if tensor.type.name != panel.name:
-            blocks = floats(tensor).view(np.uint8)
+        if tensor.type.name != panel.name or (tensor.scales and panel.name == "F32"):
+            numbers = floats(tensor)
+            if tensor.scales:
+                share = np.arange(n_rows) * len(tensor.scales) // n_rows
+                numbers = numbers * np.array(tensor.scales, np.float32)[share, None]
+            blocks = numbers.view(np.uint8)
         word = np.dtype(f"u{panel.element_bytes}")
         src, to = blocks.reshape(-1).view(word), out.view(word)
         make = functools.partial(_repack_float, src, n_rows, n_in, to)

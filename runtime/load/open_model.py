@@ -5,7 +5,17 @@ from pathlib import Path
 from gguf_run.formats.gguf.reader import GGUFFile
 
 
-def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
+def open_model(path: Path, quantize: str | None = None, activations: str = "auto") -> GGUFFile:
+    """As LoadOptions of the same names say: see _open, and with_floats."""
+    file = _open(path, quantize)
+    if activations == "auto":
+        return file
+    from gguf_run.runtime.convert.with_floats import with_floats
+
+    return with_floats(file)
+
+
+def _open(path: Path, quantize: str | None) -> GGUFFile:
     """Return the file at `path`, or the checkpoint in the folder `path` as a file. Nothing is written.
 
     quantize: a file type such as "Q4_K_M", to which weights are quantized when they are read. Errors are those of
@@ -25,10 +35,10 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
             return file
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
     from gguf_run.runtime.convert.quantized.methods import RUN
-    from gguf_run.runtime.quantize.file_types import file_type
+    from gguf_run.runtime.quantize.file_types import loadable_type
     from gguf_run.runtime.quantize.plan import Options, check_plan, make_plan
 
-    kind = file_type(quantize) if quantize else None
+    kind = loadable_type(quantize) if quantize else None
     keep = {kind.default} if kind else RUN
     file = file or open_checkpoint(path, keep=keep)
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TensorType, type_by_name
 from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.formats.gguf.reader import GGUFFile
 
@@ -52,6 +52,12 @@ FILE_TYPES: Mapping[str, FileType] = {row[1]: FileType(*row) for row in (
 )}
 # fmt: on
 WRITABLE_FILES = tuple(kind.name for kind in FILE_TYPES.values() if kind.is_writable)
+# What weights can be quantized to while they are loaded, and GGUF has no type for, or a mixture under the same name.
+IN_MEMORY: Mapping[str, FileType] = {
+    name: FileType(None, name, default)
+    for name, default in (("FP8", "FP8_E4M3"), ("INT8", "INT8"), ("NF4", "NF4"), ("MXFP4", "MXFP4"))
+}
+LOADABLE = (*IN_MEMORY, *WRITABLE_FILES)
 # Every matrix keeps its type, except that F32 becomes F16. The name is not for users: gguf-convert chooses this kind.
 KEEP = FileType(None, "KEEP", "F16")
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
@@ -66,6 +72,16 @@ def file_type(text: str) -> FileType:
         allowed = f"{did_you_mean(text, WRITABLE_FILES)}allowed are {', '.join(WRITABLE_FILES)}"
         raise OptionError(f'TYPE is "{text}": {allowed}, or the number of a file type')
     return kind
+
+
+def loadable_type(text: str) -> FileType:
+    """Return the kind of file that --quantize names. OptionError lists what is allowed."""
+    if text.upper() in IN_MEMORY:
+        return IN_MEMORY[text.upper()]
+    try:
+        return file_type(text)
+    except OptionError as error:
+        raise OptionError(f"{error}; while a model is loaded also {', '.join(IN_MEMORY)}") from None
 
 
 def writable_type(text: str, option: str) -> TensorType:
@@ -93,7 +109,9 @@ def model_type(file: GGUFFile) -> str:
     weights: Counter[str] = Counter()
     for tensor in file.tensors.values():
         weights[tensor.type.name] += tensor.n_elements
-    quantization = (kind.label or kind.name) if kind else max(weights, key=weights.__getitem__, default="no weights")
+    most = max(weights, key=weights.__getitem__, default="no weights")
+    is_ours = any(most == row.name for row in CHECKPOINT_TYPES)
+    quantization = (kind.label or kind.name) if kind and not is_ours else most
     return f"{file.metadata.get('general.architecture')} {size} {quantization}"
 
 
