@@ -52,9 +52,15 @@ def file_facts(file: GGUFFile) -> dict[str, Any]:
 
 
 def _sums(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    n_elements, nbytes = sum(t.n_elements for t in tensors), sum(t.nbytes for t in tensors)
+    n_elements, nbytes = sum(t.n_elements for t in tensors), sum(map(_nbytes, tensors))
     bits = round(8 * nbytes / n_elements, 3) if n_elements else None
     return {"n_tensors": len(tensors), "n_parameters": n_elements, "nbytes": nbytes, "bits_per_weight": bits}
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Return the bytes in the file. Types that no file holds: the bytes in memory."""
+    in_file = tensor.type.id is not None
+    return tensor.nbytes if in_file else matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows)
 
 
 def value_facts(value: Any, start: int = 0) -> dict[str, Any]:
