@@ -79,7 +79,7 @@ class CpuBackend:
             panel = panel_for(run[0].type.name)
             n_out = sum(tensor.n_rows for tensor in run)
             data = self._store([run], -(-n_out // ROWS) * panel.group_bytes(n_in))
-            parts.append(WeightPart(panel, data, first, n_out))
+            parts.append(WeightPart(panel, data, first, n_out, run[0].rounding))
             first += n_out
         return CpuWeight(n_in, first, tuple(parts))
 
@@ -162,10 +162,11 @@ class CpuBackend:
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Consecutive tensors that can share panels: of one type, and all but the last of whole panels."""
+    """Consecutive tensors that can share panels: of one kind, and all but the last of whole panels."""
     runs: list[list[Tensor]] = []
     for tensor in tensors:
-        if not runs or runs[-1][-1].type != tensor.type or runs[-1][-1].n_rows % ROWS:
+        last = runs[-1][-1] if runs else None
+        if last is None or (last.type, last.rounding) != (tensor.type, tensor.rounding) or last.n_rows % ROWS:
             runs.append([])
         runs[-1].append(tensor)
     return runs

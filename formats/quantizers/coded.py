@@ -26,7 +26,7 @@ def _put(out: Any, at: int, d: Any) -> None:
 
 
 @njit(forceinline=True)
-def _e4m3(v: Any) -> Any:
+def e4m3(v: Any) -> Any:
     """The code nearest to v, |v| <= 448, halves to even."""
     bits = np.int64(np.float32(v).view(np.int32))
     rest = bits & 0x7FFFFFFF
@@ -48,7 +48,7 @@ def _by_rows(x: Any, n: Any, importance: Any, out: Any) -> None:
             _put(out, at, d)
             for i in range(32):
                 v = values[32 * b + i] / d if d > 0 else np.float32(0)
-                out[at + CODES_AT + i] = np.uint8(np.int64(np.rint(v))) if MOST == 127 else _e4m3(v)
+                out[at + CODES_AT + i] = np.uint8(np.int64(np.rint(v))) if MOST == 127 else e4m3(v)
 
 
 @njit

@@ -46,6 +46,7 @@ class WeightPart:
     data: NDArray[np.uint8]  # the panels
     first: int  # first row
     n_out: int  # rows
+    rounding: tuple[str, int, float] | None = None  # see Tensor.rounding
 
 
 @frozen(eq=False)

@@ -98,7 +98,7 @@ def _one(model: str, given: Mapping[str, Any]) -> Answer:
     with _opened(model) as file:
         if is_edit:
             if Path(model).is_dir():
-                raise OptionError(f"{model}: is a folder: metadata of files alone can be changed, gguf-convert makes one")
+                raise OptionError(f"{model}: is a folder, only metadata of a file can be changed: see gguf-convert")
             with Progress("writing") as progress:
                 changes = edit(file, given["assignments"], given["remove"], given["output"], progress.set)
             return {"metadata": changes}, change_lines(changes)

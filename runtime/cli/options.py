@@ -107,7 +107,7 @@ DEVICE_OPTIONS = [
 ]
 ACTIVATIONS_OPTION = option(
     "--activations",
-    "What weights are multiplied with: float as they are, auto rounded to int8 for integer types. CPU only.",
+    "What weights are multiplied with: float as it is, dynamic or static rounded as by vLLM. All but auto: CPU only.",
     type=click.Choice(ACTIVATIONS),
     default="auto",
     show_default=True,

@@ -6,13 +6,13 @@ from gguf_run.formats.gguf.reader import GGUFFile
 
 
 def open_model(path: Path, quantize: str | None = None, activations: str = "auto") -> GGUFFile:
-    """As LoadOptions of the same names say: see _open, and with_floats."""
+    """As LoadOptions of the same names say: see _open, and with_activations."""
     file = _open(path, quantize)
     if activations == "auto":
         return file
-    from gguf_run.runtime.convert.with_floats import with_floats
+    from gguf_run.runtime.convert.activations import with_activations
 
-    return with_floats(file)
+    return with_activations(file, activations)
 
 
 def _open(path: Path, quantize: str | None) -> GGUFFile:

@@ -56,6 +56,7 @@ class MemoryTensor:
     ne: tuple[int, ...]
     data: np.ndarray  # uint8[n_rows, row_bytes]
     scales: tuple[float, ...] = ()
+    rounding: tuple[str, int, float] | None = None
 
     @property
     def n_rows(self) -> int:

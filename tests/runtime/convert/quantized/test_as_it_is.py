@@ -13,7 +13,7 @@ from numpy_backend import NumpyBackend
 from quantpack import e4m3
 
 from gguf_run.formats.blocks.coded import CODED_FORMS, float8
-from gguf_run.formats.errors import FormatError
+from gguf_run.formats.errors import FormatError, OptionError
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load.open_model import open_model
 
@@ -200,3 +200,48 @@ def test_bad_numbers_are_one_line(tmp_path, plain, kind, end, change, message):
     with pytest.raises(FormatError, match=message) as caught, open_model(tmp_path) as file:
         file.tensors["blk.1.ffn_up.weight"].blocks()
     assert "\n" not in str(caught.value)
+
+
+def test_activations_of_the_checkpoint(tmp_path, plain):
+    """dynamic and static differ from each other and from the exact logits by what rounding to FP8 costs."""
+    pack, config, _ = KINDS["fp8 of modelopt"]
+    scales = iter(range(1000))
+
+    def static(w, name):
+        parts, exact = pack(w, name)
+        return parts | {f"{name}.input_scale": ("F32", np.float32(0.02 + 0.0001 * next(scales)))}, exact
+
+    expected = write(tmp_path, plain, static, config)
+    found = {}
+    for kind in ("float", "dynamic", "static"):
+        with open_model(tmp_path, activations=kind) as file:
+            model = ModelConfig.from_metadata(file.metadata, file.tensors)
+            found[kind] = tiny.logits(model, file.tensors, cpu(2), (90,))
+            rounding = file.tensors["blk.1.attn_k.weight"].rounding
+            assert rounding == {"float": None, "dynamic": ("fp8", 0, 0.0)}.get(kind, rounding)
+            assert kind != "static" or 0.02 <= rounding[2] < 0.03
+    size = np.linalg.norm(expected)
+    assert np.linalg.norm(found["float"] - expected) < 1e-5 * size
+    for kind in ("dynamic", "static"):
+        assert 0.01 < np.linalg.norm(found[kind] - expected) / size < 0.5, kind
+    assert np.linalg.norm(found["dynamic"] - found["static"]) > 0.01 * size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"--activations static: blk\.0\.attn_k\.weight has no input_scale: give --activations dynamic"),
+        ({"input_scale": 0.0}, r"--activations static: blk\.0\.attn_k\.input_scale is 0\.0, must be positive: give"),
+        ({"input_scale": np.nan}, r"input_scale is nan, must be positive"),
+    ],
+)
+def test_scales_that_static_cannot_use(tmp_path, plain, change, message):
+    pack, config, _ = KINDS["fp8 of modelopt"]
+
+    def static(w, name):
+        parts, exact = pack(w, name)
+        return parts | {f"{name}.{key}": ("F32", np.float32(value)) for key, value in change.items()}, exact
+
+    write(tmp_path, plain, static, config)
+    with pytest.raises(OptionError, match=message):
+        open_model(tmp_path, activations="static")
