@@ -53,14 +53,13 @@ _NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_FP4 = np.array((0, 0.0625, 8, 12, 4, 6, 2, 3), np.float32) / np.float32(12)
+_FP4 = np.array((0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3), np.float32) / np.float32(12)
 _TABLES = {
     "FP8_E4M3": float8("F8_E4M3"),
     "FP8_E5M2": float8("F8_E5M2"),
     "FP8_E4M3_128": float8("F8_E4M3"),
-    "FP8_E5M2_128": float8("F8_E5M2"),
     "NF4": np.array(_NF4, np.float32),
-    "FP4": np.concatenate([_FP4, -_FP4]),
+    "FP4": _FP4,
     "INT8_F32": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
 }
 _TABLES |= {f"{name}_F32": _TABLES[name] for name in ("NF4", "FP4")}

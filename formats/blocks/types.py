@@ -95,7 +95,6 @@ CHECKPOINT_TYPES: tuple[TensorType, ...] = (
     _row(None, "FP8_E4M3",      32,  36, ("d", _F32), ("qs", _U8, 32)),
     _row(None, "FP8_E5M2",      32,  36, ("d", _F32), ("qs", _U8, 32)),
     _row(None, "FP8_E4M3_128", 128, 132, ("d", _F32), ("qs", _U8, 128)),
-    _row(None, "FP8_E5M2_128", 128, 132, ("d", _F32), ("qs", _U8, 128)),
     _row(None, "INT8",          32,  36, ("d", _F32), ("qs", _I8, 32)),
     # bitsandbytes: a byte of qs has two weights, the first one in the high nibble.
     _row(None, "NF4",           64,  36, ("d", _F32), ("qs", _U8, 32)),

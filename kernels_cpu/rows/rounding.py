@@ -23,34 +23,26 @@ def rounded(kind: str) -> TapeOp:
     columns: share a d.
     scale: d. 0: the largest |x| of the columns becomes the largest code.
     """
-    is_int8 = kind == "int8"
+    is_int8, last = kind == "int8", np.float32(127 if kind == "int8" else 448)
 
     @row_op("rows n columns x x_stride out out_stride", "scale")
     def rounded_rows(a, first, end):
         for t in range(first, end):
-            for at in range(0, a.n, a.columns):
-                x, out = (
-                    f32_at(a.x + t * a.x_stride + 4 * at, a.columns),
-                    f32_at(a.out + t * a.out_stride + 4 * at, a.columns),
-                )
-                d, most = np.float32(a.scale), np.float32(0)
+            for at in range(0, 4 * a.n, 4 * a.columns):
+                x, out = f32_at(a.x + t * a.x_stride + at, a.columns), f32_at(a.out + t * a.out_stride + at, a.columns)
+                d, most, is_static = np.float32(a.scale), np.float32(0), a.scale > 0
                 for v in x:
                     most = max(most, abs(v))
-                if is_int8:
-                    inverse = np.float32(127) / most if most > 0 else np.float32(0)
-                    is_static = d > 0
-                    d = d if is_static else most / np.float32(127)
-                    for i in range(a.columns):
-                        code = np.rint(x[i] / d if is_static else x[i] * inverse)
-                        out[i] = min(max(code, np.float32(-128)), np.float32(127)) * d
-                else:
-                    inverse = np.float32(1) / d if d > 0 else np.float32(0)
-                    if d == 0 and a.columns < a.n:
-                        d = max(most, np.float32(1e-10)) * np.float32(1 / 448)
-                    elif d == 0:
-                        d = max(most / np.float32(448), _LEAST)
-                    for i in range(a.columns):
-                        v = x[i] * inverse if inverse > 0 else x[i] / d
-                        out[i] = _TABLE[e4m3(min(max(v, np.float32(-448)), np.float32(448)))] * d
+                inverse = np.float32(1) / d if is_static else last / most if most > 0 else np.float32(0)
+                if not is_static and a.columns < a.n:
+                    d = max(most, np.float32(1e-10)) * np.float32(1 / 448)
+                elif not is_static:
+                    d = most / last if is_int8 else max(most / last, _LEAST)
+                for i in range(a.columns):
+                    v = x[i] * inverse if is_int8 != is_static else x[i] / d
+                    if is_int8:
+                        out[i] = min(max(np.rint(v), np.float32(-128)), last) * d
+                    else:
+                        out[i] = _TABLE[e4m3(min(max(v, -last), last))] * d
 
     return rounded_rows

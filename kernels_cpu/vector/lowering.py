@@ -161,16 +161,6 @@ def _floats_512(s: Simd, table: Sequence[float], index: Val) -> Val:
     return _in_parts(s, 16, lambda i: s.call("llvm.x86.avx512.permvar.sf.512", numbers.type, numbers, i), index)
 
 
-def _floats_256(s: Simd, table: Sequence[float], index: Val) -> Val:
-    halves = [s.constants(_F32, table[first : first + 8]) for first in (0, 8)]
-
-    def look_up(i: Val) -> Val:
-        low, high = (s.call("llvm.x86.avx2.permps", half.type, half, i) for half in halves)
-        return s.select((i << 28).compare("<", 0), high, low)
-
-    return _in_parts(s, 8, look_up, index)
-
-
 def _floats_generic(s: Simd, table: Sequence[float], index: Val) -> Val:
     found = s.const(_F32, 0.0, index.lanes)
     for i, value in enumerate(table):
@@ -198,8 +188,10 @@ LOWERINGS = {
         _floats_512,
         _low_bytes_x86,
     ),
-    "vnni256": Lowering(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb, _floats_256, _low_bytes_x86),
-    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb, _floats_256, _low_bytes_x86),
+    "vnni256": Lowering(
+        _Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb, _floats_generic, _low_bytes_x86
+    ),
+    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb, _floats_generic, _low_bytes_x86),
     "neon": Lowering(
         _Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16), _floats_generic, _low_bytes_generic
     ),

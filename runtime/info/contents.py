@@ -58,9 +58,8 @@ def _sums(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Return the bytes in the file. Types that no file holds: the bytes in memory."""
-    in_file = tensor.type.id is not None
-    return tensor.nbytes if in_file else matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows)
+    """Return the bytes in the file, or in memory if GGUF does not have the type."""
+    return matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if tensor.type.id is None else tensor.nbytes
 
 
 def value_facts(value: Any, start: int = 0) -> dict[str, Any]:

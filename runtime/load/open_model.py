@@ -35,10 +35,10 @@ def _open(path: Path, quantize: str | None) -> GGUFFile:
             return file
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
     from gguf_run.runtime.convert.quantized.methods import RUN
-    from gguf_run.runtime.quantize.file_types import loadable_type
+    from gguf_run.runtime.quantize.file_types import file_type
     from gguf_run.runtime.quantize.plan import Options, check_plan, make_plan
 
-    kind = loadable_type(quantize) if quantize else None
+    kind = file_type(quantize, in_memory=True) if quantize else None
     keep = {kind.default} if kind else RUN
     file = file or open_checkpoint(path, keep=keep)
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):

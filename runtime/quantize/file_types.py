@@ -64,24 +64,20 @@ ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_
 _BY_ID: Mapping[int, FileType] = {kind.id: kind for kind in FILE_TYPES.values() if kind.id is not None}
 
 
-def file_type(text: str) -> FileType:
-    """Return the writable file type of that name, alias or number. OptionError lists what is allowed."""
+def file_type(text: str, in_memory: bool = False) -> FileType:
+    """Return the writable file type of that name, alias or number. OptionError lists what is allowed.
+
+    in_memory: also IN_MEMORY.
+    """
+    if in_memory and text.upper() in IN_MEMORY:
+        return IN_MEMORY[text.upper()]
     name = ALIASES.get(text.upper(), text.upper())
     kind = _BY_ID.get(int(name)) if len(name) < 20 and name.isdecimal() else FILE_TYPES.get(name)
     if kind is None or not kind.is_writable:
-        allowed = f"{did_you_mean(text, WRITABLE_FILES)}allowed are {', '.join(WRITABLE_FILES)}"
+        names = LOADABLE if in_memory else WRITABLE_FILES
+        allowed = f"{did_you_mean(text, names)}allowed are {', '.join(names)}"
         raise OptionError(f'TYPE is "{text}": {allowed}, or the number of a file type')
     return kind
-
-
-def loadable_type(text: str) -> FileType:
-    """Return the kind of file that --quantize names. OptionError lists what is allowed."""
-    if text.upper() in IN_MEMORY:
-        return IN_MEMORY[text.upper()]
-    try:
-        return file_type(text)
-    except OptionError as error:
-        raise OptionError(f"{error}; while a model is loaded also {', '.join(IN_MEMORY)}") from None
 
 
 def writable_type(text: str, option: str) -> TensorType:

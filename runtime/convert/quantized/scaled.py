@@ -63,8 +63,8 @@ def fp8_weight(parts: Parts, name: str, weight: StoredArray, scale: StoredArray,
     check_scales(scale)
     in_rows = n_columns >= n_in
     kind = weight.dtype.replace("F8", "FP8") + ("" if in_rows else "_128")
-    type = type_by_name(kind)
-    fits = in_rows or not (n_rows % 16 or n_columns % type.block_size)
+    is_kept = kind in parts.keep and (in_rows or not (n_rows % 16 or n_columns % 128))
+    type = type_by_name(kind if is_kept else "F32")
     least_nan = 0x7F if weight.dtype == "F8_E4M3" else 0x7C
 
     @np.errstate(all="ignore")
@@ -79,16 +79,13 @@ def fp8_weight(parts: Parts, name: str, weight: StoredArray, scale: StoredArray,
         out["d"], out["qs"] = factor, found.reshape(*out.shape, type.block_size)
         return out.view(np.uint8)
 
-    if kind not in parts.keep or not fits or n_in % type.block_size:
+    if not is_kept or n_in % type.block_size:
         return Source(name, weight.shape[::-1], F32, weight.file, read, weight.release)
     return Source(name, weight.shape[::-1], type, weight.file, blocks, weight.release)
 
 
 def check_scales(scale: StoredArray, values: Floats | None = None) -> None:
-    """Raise FormatError for a scale that is negative, infinite or NaN. A row of zeros may have 0.
-
-    values: default: those that are stored.
-    """
+    """Raise FormatError if values (default: the stored ones) are negative, infinite or NaN. Zeros may have scale 0."""
     values = numbers(scale.array(), scale.dtype) if values is None else values
     if not ((values >= 0) & (values < np.inf)).all():
         raise wrong(scale, "positive numbers", f"has scales {values.min()} to {values.max()}")
