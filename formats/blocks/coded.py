@@ -82,23 +82,16 @@ CODES_OF_4_BITS: Mapping[str, IntegerForm] = MappingProxyType(
 CODED_FORMS: Mapping[str, CodedForm] = MappingProxyType({name: _form(name, table) for name, table in _TABLES.items()})
 
 
-@njit(forceinline=True)
-def decode(src: Any, at: int, table: Any, out: Any) -> None:
-    """out f32[:] = the weights of the block that begins at byte `at` of src u8[:]."""
-    d = f32(src, at)
-    if len(table) == 16:
-        for i in range(len(out) // 2):
-            byte = src[at + CODES_AT + i]
-            out[2 * i], out[2 * i + 1] = d * table[byte >> 4], d * table[byte & 15]
-    else:
-        for i in range(len(out)):
-            out[i] = d * table[src[at + CODES_AT + i]]
-
-
 @njit
-def decode_blocks(src: Any, type_size: int, table: Any, out: Any) -> None:
+def decode(src: Any, type_size: int, table: Any, out: Any) -> None:
     """out f32[:] = the weights of blocks src u8[:] of type_size bytes."""
-    n = len(src) // type_size
-    size = len(out) // max(1, n)
-    for b in range(n):
-        decode(src, b * type_size, table, out[b * size : b * size + size])
+    is_wide, at = len(table) == 256, 0
+    for start in range(0, len(src), type_size):
+        d = f32(src, start)
+        for byte in src[start + CODES_AT : start + type_size]:
+            if is_wide:
+                out[at] = d * table[byte]
+                at += 1
+            else:
+                out[at], out[at + 1] = d * table[byte >> 4], d * table[byte & 15]
+                at += 2

@@ -21,11 +21,6 @@ def _largest(x: Any) -> Any:
 
 
 @njit(forceinline=True)
-def _put(out: Any, at: int, d: Any) -> None:
-    out[at : at + CODES_AT].view(np.float32)[0] = d
-
-
-@njit(forceinline=True)
 def e4m3(v: Any) -> Any:
     """The code nearest to v, |v| <= 448, halves to even."""
     bits = np.int64(np.float32(v).view(np.int32))
@@ -45,7 +40,7 @@ def _by_rows(x: Any, n: Any, importance: Any, out: Any) -> None:
         d = np.float32(_largest(values) / np.float32(MOST))
         for b in range(n // 32):
             at = (row * (n // 32) + b) * (32 + CODES_AT)
-            _put(out, at, d)
+            out[at : at + CODES_AT].view(np.float32)[0] = d
             for i in range(32):
                 v = values[32 * b + i] / d if d > 0 else np.float32(0)
                 out[at + CODES_AT + i] = np.uint8(np.int64(np.rint(v))) if MOST == 127 else e4m3(v)
@@ -56,7 +51,7 @@ def _nf4(x: Any, n: Any, importance: Any, out: Any) -> None:
     for b in range(len(x) // 64):
         values, at = x[64 * b : 64 * b + 64], b * (32 + CODES_AT)
         d = _largest(values)
-        _put(out, at, d)
+        out[at : at + CODES_AT].view(np.float32)[0] = d
         inverse = np.float32(1) / d if d > 0 else np.float32(0)
         for i in range(32):
             byte = 0

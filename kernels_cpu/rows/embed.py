@@ -46,12 +46,11 @@ def _embed_coded(a, first, end):
     """out[t] = scale * row ids[t] of a table of a coded type, stored as blocks."""
     ids = i32_at(a.ids, n_rows(a))
     for t in range(first, end):
-        src = carray(pointer(a.table + ids[t] * a.row_bytes), a.row_bytes, np.uint8)
-        for b in range(a.n // BLOCK_SIZE):
-            out = f32_at(a.out + t * a.out_stride + b * BLOCK_SIZE * 4, BLOCK_SIZE)
-            decode(src, b * TYPE_SIZE, f32_at(a.grid, N_CODES), out)
-            for i in range(BLOCK_SIZE):
-                out[i] *= a.scale
+        out = f32_at(a.out + t * a.out_stride, a.n)
+        row = carray(pointer(a.table + ids[t] * a.row_bytes), a.row_bytes, np.uint8)
+        decode(row, TYPE_SIZE, f32_at(a.grid, N_CODES), out)
+        for i in range(a.n):
+            out[i] *= a.scale
 
 
 @functools.cache
@@ -82,8 +81,8 @@ def embed(type_name: str) -> TapeOp:
     """Return the op out[t] = scale * row ids[t] of a table of one type: of blocks, F32, F16 or BF16."""
     form = INTEGER_FORMS.get(type_name)
     if coded := CODED_FORMS.get(type_name):
-        sizes = {"BLOCK_SIZE": coded.type.block_size, "TYPE_SIZE": coded.type.type_size, "N_CODES": len(coded.table)}
-        return row_op(_FIELDS, "scale", grain=4)(clone(_embed_coded, type_name, **sizes))
+        function = clone(_embed_coded, type_name, TYPE_SIZE=coded.type.type_size, N_CODES=len(coded.table))
+        return row_op(_FIELDS, "scale", grain=4)(function)
     if form is None:
         return _embed_floats(FLOAT_TABLES.index(type_name))
     function = clone(_embed_blocks, type_name, **form.constants)

@@ -162,7 +162,7 @@ def _floats_512(s: Simd, table: Sequence[float], index: Val) -> Val:
 
 
 def _floats_generic(s: Simd, table: Sequence[float], index: Val) -> Val:
-    found = s.const(_F32, 0.0, index.lanes)
+    found = s.const(_F32, table[0], index.lanes)
     for i, value in enumerate(table):
         found = s.select((index & 15).compare("==", i), s.const(_F32, value, index.lanes), found)
     return found
@@ -173,29 +173,22 @@ def _low_bytes_x86(s: Simd, words: Val) -> Val:
     return _by_parts(s, "llvm.x86.avx2.pmadd.ub.sw", 32, factors, words.as_type(_I8), _I16)
 
 
-def _low_bytes_generic(s: Simd, words: Val) -> Val:
-    return (words << 8).sar(1)
-
-
 _pshufb = _look_up_by("llvm.x86.avx2.pshuf.b", 32)
 
+_plain = functools.partial(Lowering, look_up_floats=_floats_generic, low_bytes=lambda s, words: (words << 8).sar(1))
+_x86 = functools.partial(_plain, low_bytes=_low_bytes_x86)
 # By Isa.dot.
 LOWERINGS = {
-    "vnni512": Lowering(
+    "vnni512": _x86(
         _Vnni512,
         _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16),
         _look_up_by("llvm.x86.avx512.pshuf.b.512", 64),
-        _floats_512,
-        _low_bytes_x86,
+        look_up_floats=_floats_512,
     ),
-    "vnni256": Lowering(
-        _Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb, _floats_generic, _low_bytes_x86
-    ),
-    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb, _floats_generic, _low_bytes_x86),
-    "neon": Lowering(
-        _Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16), _floats_generic, _low_bytes_generic
-    ),
-    "generic": Lowering(_Generic, _pairs_generic, _look_up_generic, _floats_generic, _low_bytes_generic),
+    "vnni256": _x86(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb),
+    "avx2": _x86(_Avx2, _pairs_avx2, _pshufb),
+    "neon": _plain(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
+    "generic": _plain(_Generic, _pairs_generic, _look_up_generic),
 }
 
 
