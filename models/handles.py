@@ -81,8 +81,7 @@ class SquaresHandle(Protocol):
         """Keep the rows from now on. UnsupportedError if the backend cannot.
 
         n_rows: the most that are kept.
-        Returns a function that forgets them, and returns them in the order in which they came. The next step
-        overwrites them.
+        Returns a function that returns them as they came, and starts again. The next step overwrites them.
             f32[n, width]: the rows.
             i64[n]: the expert that read each.
         """

@@ -72,8 +72,7 @@ def quantize(
     type = type_by_name(type) if isinstance(type, str) else type
     known = SEARCHES if search else {**QUANTIZERS, **CODED_QUANTIZERS}
     if type.name not in known:
-        what = "search" if search else "quantizer"
-        raise FormatError(f"no {what} for {type.name}: tensors can be made {' '.join(known)}")
+        raise FormatError(f"no {'search' if search else 'quantizer'} for {type.name}: allowed are {' '.join(known)}")
     if array.dtype not in (np.float32, np.float16) or array.ndim == 0:
         raise FormatError(f"cannot quantize {array.dtype} of shape {array.shape}: expected rows of float32 or float16")
     n = array.shape[-1]

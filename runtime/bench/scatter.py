@@ -14,7 +14,7 @@ _COLOURS = {"a": "#2f81f7", "b": "#8b949e", "c": "#db6d28"}  # of a line whose p
 class Point:
     """A name with its price and its mean divergence."""
 
-    name: str
+    name: str  # "": none is drawn
     price: float
     kl: float  # more than 0
     kind: str = "a"  # a class of drawing.py
@@ -60,7 +60,8 @@ def scatter(title: str, x_title: str, points: Sequence[Point], ticks: Sequence[f
         drawing.text(right - 174, top + 18 + 18 * i, name, kind="soft")
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in dots]
     for x, y, point in dots:
-        drawing.dot(x, y, point.kind, f"{point.name}: {point.price:.2f} {unit}, KL {point.kl:.2g}")
+        drawing.dot(x, y, point.kind, f"{point.name or point.line}: {point.price:.4g} {unit}, KL {point.kl:.2g}")
+    dots = [dot for dot in dots if dot[2].name]
     while dots:  # those that touch have one label
         x, y, first = dots[0]
         same = [dot for dot in dots if math.hypot(dot[0] - x, dot[1] - y) < 10 and dot[2].kind == first.kind]

@@ -41,7 +41,8 @@ COMPARE_OPTIONS = [
     CHUNK_SIZE,
     option("--chunks n_chunk", "Read so many chunks of each text.  [default: 20]", type=int),
     SKIP,
-    option("--output -o", "Write a picture, SVG: divergence by size.", type=PATH),
+    option("--by-layer", "Show what each layer loses: the base with that layer from the file.", is_flag=True),
+    option("--output -o", "Write a picture, SVG: divergence by size, or by layer.", type=PATH),
     *RUNTIME_OPTIONS,
     JSON,
 ]
@@ -143,6 +144,7 @@ def kl(**given: Any) -> None:
         "gguf-eval compare q4.gguf q4-gptq.gguf --base f16.gguf -f wiki.txt -f code.txt",
         "gguf-eval compare q3.gguf q4.gguf q5.gguf --base f16.gguf -f wiki.txt -o quality.svg",
         "gguf-eval compare q4.gguf --base f16.gguf -f wiki.txt --chunks 64 --json",
+        "gguf-eval compare q4.gguf --base f16.gguf -f wiki.txt --chunks 4 --by-layer -o layers.svg",
     ),
 )
 def compare(**given: Any) -> None:

@@ -1,4 +1,7 @@
-"""Files of one model against a base, on the same tokens: the base runs once, then each file, alone in memory."""
+"""Files of one model against a base, on the same tokens: the base runs once, then each file, alone in memory.
+
+Or layers of one file: the base with the weights of one layer from the file tells what this layer loses.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -7,13 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.evaluate.kl import Comparison, compare
 from gguf_run.runtime.evaluate.logits_file import LogitsFile, LogitsHeader, hash_vocabulary, writing_logits
 from gguf_run.runtime.evaluate.perplexity import perplexity
 from gguf_run.runtime.evaluate.text import N_CTX, Chunk, Scorer, bos_of, cut_chunks, tokens_of
+from gguf_run.runtime.load.machine import default_threads
+from gguf_run.runtime.load.options import LoadOptions
+from gguf_run.runtime.model import Model
 
 N_CHUNK = 20  # of a text, unless the user says more: enough for standard errors by chunks
-Load = Callable[[Path], AbstractContextManager[Scorer]]  # loads a model with a context of one chunk
+Load = Callable[[Path | GGUFFile], AbstractContextManager[Scorer]]  # loads a model with a context of one chunk
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,32 @@ def known_base(
         yield known
 
 
-def compared(load: Load, path: Path, known: Sequence[Known], step: Callable[[], None]) -> list[Comparison]:
+def layer_of(name: str) -> int:
+    """Return the number of a tensor's layer, -1 for one in no layer."""
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
+
+
+def layers(file: GGUFFile, base: GGUFFile) -> Iterator[tuple[int, GGUFFile]]:
+    """Yield the number of each layer, as layer_of has it, and the base with this layer's weights from the file.
+
+    GgufRunError if the file has other tensors than the base.
+    """
+    if {name: tensor.ne for name, tensor in file.tensors.items()} != {name: t.ne for name, t in base.tensors.items()}:
+        raise GgufRunError(f"{file.path}: has other tensors than {base.path}: its layers cannot be compared")
+    metadata = {key: base.metadata.typed(key) for key in base.metadata}
+    for layer in sorted({*map(layer_of, base.tensors)}):
+        tensors = {name: (file if layer_of(name) == layer else base).tensors[name] for name in base.tensors}
+        yield layer, GGUFFile.of(base.path, metadata, tensors)
+
+
+@contextmanager
+def scoring(file: GGUFFile, options: LoadOptions) -> Iterator[Scorer]:
+    """Load an open file, and what scores its tokens."""
+    with Model.load(file, options) as model, Scorer(model, options.n_threads or default_threads()) as scorer:
+        yield scorer
+
+
+def compared(load: Load, path: Path | GGUFFile, known: Sequence[Known], step: Callable[[], None]) -> list[Comparison]:
     """Run a file over the chunks that the base has scored; return a comparison for each text.
 
     step: as of known_base. GgufRunError if the file splits a text into other tokens than the base.

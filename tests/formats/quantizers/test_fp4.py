@@ -66,5 +66,5 @@ def test_error_of_nvfp4():
 
 
 def test_no_search_for_other_types():
-    with pytest.raises(FormatError, match="no search for Q4_K: tensors can be written as MXFP4 NVFP4"):
+    with pytest.raises(FormatError, match="no search for Q4_K: allowed are MXFP4 NVFP4"):
         quantize(np.zeros((1, 256), np.float32), "Q4_K", search=True)

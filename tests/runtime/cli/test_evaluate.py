@@ -17,6 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 from tinymodel import Tiny, write_tiny
 
+from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.writer import GGUFWriter
 from gguf_run.runtime.cli.evaluate import main
 from gguf_run.runtime.cli.report import Figure
 from gguf_run.runtime.evaluate import perplexity as eval_perplexity
@@ -172,6 +174,29 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     assert f" {found['kl_mean']:.4g} ± {found['kl_mean_error']:.2g} " in rows[0]
     assert f" {100 * found['same_top']:.4g} ± {100 * found['same_top_error']:.2g} % " in rows[0]
     assert "other" in (tmp_path / "picture.svg").read_text()
+
+
+def test_compare_by_layer(folder: Path, tmp_path: Path) -> None:
+    """Each layer's row is the base with that layer's weights: written as a file, it has the same divergence."""
+    arguments = ["--base", "tiny.gguf", "-f", "text.txt", *SMALL, "--chunks", "2"]
+    picture = tmp_path / "picture.svg"
+    values = figures(folder, "compare", "other.gguf", *arguments, "--by-layer", "-o", str(picture))
+    with GGUFFile.open(folder / "tiny.gguf") as base, GGUFFile.open(folder / "other.gguf") as other:
+        n_layer = base.metadata["llama.block_count"]
+        assert [row["layer"] for row in values["results"]] == list(range(-1, n_layer))
+        sources = [(other if name.startswith("blk.1.") else base).tensors[name] for name in base.tensors]
+        metadata = {key: base.metadata.typed(key) for key in base.metadata}
+        with GGUFWriter(tmp_path / "mixed.gguf", metadata, [*base.tensors.values()]) as writer:
+            for tensor in sources:
+                writer.write(tensor.name, tensor.blocks())
+    mixed = figures(folder, "kl", str(tmp_path / "mixed.gguf"), *arguments)
+    row = values["results"][2]
+    assert row["kl_mean"] == pytest.approx(mixed["kl_mean"], rel=1e-4)
+    assert row["bytes"] == sum(source.nbytes for source in sources if source.name.startswith("blk.1."))
+    assert "other.gguf: 1 is the layer" in picture.read_text()
+    result = invoke(folder, "compare", "tiny.gguf", *arguments, "--by-layer")
+    assert result.stdout.count("tiny.gguf, layer ") == n_layer
+    assert "tiny.gguf, other weights" in result.stdout
 
 
 def test_base_options(folder: Path) -> None:

@@ -192,7 +192,7 @@ def test_channel_scales(tmp_path: Path) -> None:
     """Norms change and the types do not; --keep-lattice does not fit; a method that is not there is refused."""
     model, out = tmp_path / "tiny.gguf", tmp_path / "out.gguf"
     write_tiny(model, replace(WIDE_LLAMA, n_layer=1))
-    line = refused(tmp_path, model, out, "Q4_0", "--method", "awq")
+    line = refused(tmp_path, model, out, "Q4_0", "--method", "awq", code=2)
     assert "--method awq: finds no place for channel scales: give --imatrix FILE" in line
     with GGUFFile.open(model) as file:
         matrices = {name: (1, tensor.ne[0]) for name, tensor in file.tensors.items() if len(tensor.ne) > 1}
@@ -205,7 +205,8 @@ def test_channel_scales(tmp_path: Path) -> None:
     out.unlink()
     line = refused(tmp_path, model, out, "Q4_0", "--imatrix", path, "--method", "awq", "--keep-lattice", code=2)
     assert "not both" in line
-    assert "allowed are awq" in refused(tmp_path, model, out, "Q4_0", "--imatrix", path, "--method", "qwa")
+    line = refused(tmp_path, model, out, "Q4_0", "--imatrix", path, "--method", "qwa", code=2)
+    assert "allowed are awq, gptq and gptq:NAME=NUMBER,... of rho, order" in line
 
 
 def test_imatrix_of_another_model(model: Path, tmp_path: Path) -> None:
