@@ -17,9 +17,9 @@ column 4i + c. planes.py says where their bits are in the planes. For example
 A float panel holds [n_in][16] numbers. Both kinds are lossless, and as narrow as the file for the common types.
 
 A coded panel holds the codes of a type of formats/blocks/coded.py: first all scales, f32, filled up to whole cache
-lines, then the codes in steps of 64 bytes. A word of 16 bits has the FP8 codes of columns 2i and 2i + 1 of a row. A byte
-has codes of 4 bits of both, lowest bits first. An integer panel of type INT8 begins with the scales of its rows, [16]
-f32, and has no others.
+lines, then the codes in steps of 64 bytes. A word of 16 bits has the FP8 codes of columns 2i and 2i + 1 of a row. A
+byte has codes of 4 bits of both, lowest bits first. An integer panel of type INT8 begins with the scales of its rows,
+[16] f32, and has no others.
 
 An integer panel is multiplied with int8 activations. They are blocks of 32 columns, one cache line each:
 

@@ -19,6 +19,7 @@ from gguf_run.runtime.load.open_model import open_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.numpy").load_file
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
 SIZES |= {"num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -31,9 +32,9 @@ def fp8(w, name, factors, end, dtype="F8_E4M3", most=448.0):
     """factors: of an array as large as w, the scales to store."""
     kind = torch.float8_e4m3fn if dtype == "F8_E4M3" else torch.float8_e5m2
     scale = factors(np.abs(w) / most).astype(np.float32)
-    full = np.broadcast_to(scale, w.shape) if scale.ndim < 2 or scale.shape[1] == 1 else scale.repeat(128, 0)
-    if full.shape != w.shape:
-        full = full.repeat(128, 1)[: len(w), : w.shape[1]]
+    by_rows = scale.ndim < 2 or scale.shape == (len(w), 1)
+    full = np.broadcast_to(scale, w.shape) if by_rows else scale.repeat(128, 0).repeat(128, 1)
+    full = full[: len(w), : w.shape[1]]
     bits = torch.tensor(w / full).float().to(kind).view(torch.uint8).numpy()
     parts = {f"{name}.weight": (dtype, bits), f"{name}.weight_{end}": ("F32", scale)}
     return parts, (e4m3(bits) if most == 448 else float8(dtype)[bits].astype(np.float64)) * full
@@ -161,6 +162,36 @@ def test_logits_are_those_of_transformers(tmp_path, plain, kind):
                     assert error(found, expected) < 1e-5, way
                 else:  # rounding activations to int8 costs 0.03 in this model
                     assert np.linalg.norm(found - expected) < 0.06 * np.linalg.norm(expected), way
+
+
+@pytest.mark.parametrize("kind", ["fp8 of deepseek", "int8", "nf4"])
+def test_experts(tmp_path, kind):
+    """Matrices of their own in the checkpoint, which stand in one tensor here."""
+    pack, config, type_name = KINDS[kind]
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 64, "num_attention_heads": 4}
+    model = hf_tiny.make("qwen3moe", tmp_path / "plain", **sizes)
+    exact, stored = {}, {}
+    for name, values in load_file(tmp_path / "plain/model.safetensors").items():
+        exact[name] = values.astype(np.float16)
+        parts = {name: ("F16", exact[name])}
+        if name.endswith("_proj.weight"):
+            parts, exact[name] = pack(values.astype(np.float64), name.removesuffix(".weight"))
+        stored |= parts
+    for folder, tensors in (("exact", {name: ("F32", values) for name, values in exact.items()}), ("stored", stored)):
+        quantpack.write_checkpoint(tmp_path / folder, None, tensors)
+        hf_tiny.write_tokenizer(tmp_path / folder)
+        values = json.loads((tmp_path / "plain/config.json").read_text())
+        values |= {"quantization_config": config} if folder == "stored" else {}
+        (tmp_path / folder / "config.json").write_text(json.dumps(values))
+    expected = hf_tiny.logits(type(model).from_pretrained(tmp_path / "exact").float().eval(), tiny.IDS)
+    with open_model(tmp_path / "stored", activations="float") as file:
+        assert file.tensors["blk.1.ffn_down_exps.weight"].type.name == type_name + "_F32" * (kind != "fp8 of deepseek")
+        model = ModelConfig.from_metadata(file.metadata, file.tensors)
+        for way, pieces in tiny.WAYS.items():
+            assert error(tiny.logits(model, file.tensors, cpu(2), pieces), expected) < 1e-5, way
+    if kind != "nf4":  # which is not rounded at all
+        with pytest.raises(OptionError, match="several matrices, allowed are auto and float"):
+            open_model(tmp_path / "stored", activations="dynamic")
 
 
 NAME = "model.layers.1.mlp.up_proj"
