@@ -30,11 +30,6 @@ class CodedForm:
     type: TensorType
     table: NDArray[np.float32]  # [16 or 256], read-only
 
-    @property
-    def n_bits(self) -> int:
-        """Bits of a code."""
-        return len(self.table).bit_length() - 1
-
 
 def float8(dtype: str) -> NDArray[np.float32]:
     """Return the value of each of the 256 codes of F8_E4M3 (no infinities; 0x7f and 0xff are NaN) or F8_E5M2."""

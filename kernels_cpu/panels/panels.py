@@ -41,7 +41,6 @@ from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
 from gguf_run.formats.frozen import frozen
 
 ROWS = 16  # rows of a panel: f32 lanes of a 64-byte vector
-_MOST_16 = 32767
 BLOCK = 32  # columns of a block of activations, and of a set of planes
 TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
@@ -183,16 +182,14 @@ class CodedPanel:
 
 def _coded_panel(form: CodedForm) -> CodedPanel:
     name, shared = form.type.name.removeprefix("FP8_").removesuffix("_128"), form.type.name.endswith("_128")
-    if form.n_bits == 8:
-        return CodedPanel(name, (), form.type.block_size * shared, shared)
-    return CodedPanel(name, tuple(form.table.tolist()), form.type.block_size, False)
+    table = tuple(form.table.tolist()) if len(form.table) == 16 else ()
+    return CodedPanel(name, table, form.type.block_size if table or shared else 0, shared)
 
 
 def _panel_of_4_bits(form: CodedForm) -> IntPanel:
     """Return a panel whose integers of 16 bits are at most 1 / 65534 of d from the numbers of the table."""
-    high, fine = zip(*(divmod(round(value * _MOST_16), 256) for value in form.table.tolist()), strict=True)
-    size = form.type.block_size
-    return IntPanel(4, 8, 128, BLOCK, SCALES["f32 64"], False, size, high, fine)
+    high, fine = zip(*(divmod(round(value * 32767), 256) for value in form.table.tolist()), strict=True)
+    return IntPanel(4, 8, 128, BLOCK, SCALES["f32 64"], False, form.type.block_size, high, fine)
 
 
 def _int_panel(form: IntegerForm) -> IntPanel:

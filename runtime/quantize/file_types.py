@@ -65,10 +65,7 @@ _BY_ID: Mapping[int, FileType] = {kind.id: kind for kind in FILE_TYPES.values() 
 
 
 def file_type(text: str, in_memory: bool = False) -> FileType:
-    """Return the writable file type of that name, alias or number. OptionError lists what is allowed.
-
-    in_memory: also IN_MEMORY.
-    """
+    """Return the writable file type of that name, alias or number, or one of IN_MEMORY. OptionError lists the names."""
     if in_memory and text.upper() in IN_MEMORY:
         return IN_MEMORY[text.upper()]
     name = ALIASES.get(text.upper(), text.upper())

@@ -168,7 +168,7 @@ def test_logits_are_those_of_transformers(tmp_path, plain, kind):
 def test_experts(tmp_path, kind):
     """Matrices of their own in the checkpoint, which stand in one tensor here."""
     pack, config, type_name = KINDS[kind]
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 64, "num_attention_heads": 4}
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64, "num_attention_heads": 4}
     model = hf_tiny.make("qwen3moe", tmp_path / "plain", **sizes)
     exact, stored = {}, {}
     for name, values in load_file(tmp_path / "plain/model.safetensors").items():
