@@ -52,14 +52,11 @@ def file_facts(file: GGUFFile) -> dict[str, Any]:
 
 
 def _sums(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    n_elements, nbytes = sum(t.n_elements for t in tensors), sum(map(_nbytes, tensors))
+    n_elements, nbytes = sum(t.n_elements for t in tensors), 0
+    for t in tensors:  # types that GGUF does not have: the bytes in memory
+        nbytes += matrix_bytes(t.type.name, t.ne[0], t.n_rows) if t.type.id is None else t.nbytes
     bits = round(8 * nbytes / n_elements, 3) if n_elements else None
     return {"n_tensors": len(tensors), "n_parameters": n_elements, "nbytes": nbytes, "bits_per_weight": bits}
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Return the bytes in the file, or in memory if GGUF does not have the type."""
-    return matrix_bytes(tensor.type.name, tensor.ne[0], tensor.n_rows) if tensor.type.id is None else tensor.nbytes
 
 
 def value_facts(value: Any, start: int = 0) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from gguf_run.formats.gguf.reader import GGUFFile
 
 def open_model(path: Path, quantize: str | None = None, activations: str = "auto") -> GGUFFile:
     """As LoadOptions of the same names say: see _open, and with_activations."""
-    file = _open(path, quantize)
     if activations == "auto":
-        return file
+        return _open(path, quantize)
     from gguf_run.runtime.convert.activations import with_activations
 
-    return with_activations(file, activations)
+    return with_activations(_open(path, quantize), activations)
 
 
 def _open(path: Path, quantize: str | None) -> GGUFFile:
