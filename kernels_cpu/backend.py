@@ -4,11 +4,12 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, NO_GRID
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_cpu.attention.cache import CpuCache
@@ -58,9 +59,12 @@ class CpuBackend:
 
     def table(self, tensor: Tensor) -> CpuTable:
         name, blocks, form = tensor.type.name, tensor.blocks(), INTEGER_FORMS.get(tensor.type.name)
-        if form is None and name not in FLOAT_TABLES:
+        grid: NDArray[Any] = form.grid() if form else NO_GRID
+        if coded := CODED_FORMS.get(name):
+            grid = coded.table
+        elif form is None and name not in FLOAT_TABLES:
             name, blocks = "F32", floats(tensor).view(np.uint8)
-        return CpuTable(name, tensor.ne[0], blocks, form.grid() if form else NO_GRID)
+        return CpuTable(name, tensor.ne[0], blocks, grid)
 
     def weight(self, tensors: Sequence[Tensor]) -> CpuWeight:
         n_in = tensors[0].ne[0]
@@ -75,7 +79,7 @@ class CpuBackend:
             panel = panel_for(run[0].type.name)
             n_out = sum(tensor.n_rows for tensor in run)
             data = self._store([run], -(-n_out // ROWS) * panel.group_bytes(n_in))
-            parts.append(WeightPart(panel, data, first, n_out))
+            parts.append(WeightPart(panel, data, first, n_out, run[0].rounding))
             first += n_out
         return CpuWeight(n_in, first, tuple(parts))
 
@@ -158,10 +162,11 @@ class CpuBackend:
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Consecutive tensors that can share panels: of one type, and all but the last of whole panels."""
+    """Consecutive tensors that can share panels: of one kind, and all but the last of whole panels."""
     runs: list[list[Tensor]] = []
     for tensor in tensors:
-        if not runs or runs[-1][-1].type != tensor.type or runs[-1][-1].n_rows % ROWS:
+        last = runs[-1][-1] if runs else None
+        if last is None or (last.type, last.rounding) != (tensor.type, tensor.rounding) or last.n_rows % ROWS:
             runs.append([])
         runs[-1].append(tensor)
     return runs

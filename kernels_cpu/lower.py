@@ -14,8 +14,8 @@ from gguf_run.kernels_cpu.attention.cache_types import format_id
 from gguf_run.kernels_cpu.int8_forms import CpuOp, CpuVector, Quantize, with_int8
 from gguf_run.kernels_cpu.matmul.gated import SCRATCH_BYTES, matmul_gated
 from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul
-from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, panel_id, panel_sizes
+from gguf_run.kernels_cpu.panels.memory import CpuTable, CpuWeight, WeightPart
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, TOKENS, panel_id, panel_sizes
 from gguf_run.kernels_cpu.rows.embed import copy_rows, embed
 from gguf_run.kernels_cpu.rows.norms import rms_norm
 from gguf_run.kernels_cpu.rows.rope import angles, rope
@@ -49,6 +49,18 @@ def _embed(tape: Tape, op: ops.Embed[CpuTable], int8: Rows | None) -> None:
     tape.record(op, embed(table.type_name), table=table.blocks, grid=table.grid, **sizes)
 
 
+def _input(tape: Tape, op: Any, part: WeightPart) -> Buffer | Rows:
+    """Return what a part of a matrix is multiplied with."""
+    if part.rounding is None:
+        return tape.form(op.x, part.panel)
+    from gguf_run.kernels_cpu.rows.rounding import rounded  # late: it is only for comparisons
+
+    kind, columns, scale = part.rounding
+    rows = tape.shared_rows("rounded", tape.n_batch + TOKENS, 4 * -(-op.x.width // ROWS) * ROWS)
+    tape.record(op, rounded(kind), n=op.x.width, columns=columns or op.x.width, out=rows, scale=scale)
+    return rows
+
+
 def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None) -> None:
     for part in op.weight.parts:
         columns = part.first, part.n_out
@@ -58,7 +70,7 @@ def _matmul(tape: Tape, op: ops.Matmul[CpuWeight, CpuVector], int8: Rows | None)
             w=part.data,
             n_out=part.n_out,
             **panel_sizes(part.panel, op.weight.n_in),
-            x=tape.form(op.x, part.panel),
+            x=_input(tape, op, part),
             out=op.out.columns(*columns),
             residual=op.residual.columns(*columns) if op.residual else tape.zeros,
             residual_group=4 * ROWS if op.residual else 0,
@@ -75,7 +87,7 @@ def _matmul_gated(tape: Tape, op: ops.MatmulGated[CpuWeight, CpuVector], int8: R
         _gated(tape, ops.Gated(wide.columns(0, n_ff), wide.columns(n_ff, n_ff), op.out, op.activation), int8)
         return
     tape.need(scratch=SCRATCH_BYTES)
-    sizes, x = panel_sizes(part.panel, op.weight.n_in), tape.form(op.x, part.panel)
+    sizes, x = panel_sizes(part.panel, op.weight.n_in), _input(tape, op, part)
     kernel = matmul_gated(panel_id(part.panel), op.activation)
     tape.record(op, kernel, w=part.data, n_out=n_ff, **sizes, x=x, q8=int8, zeros=tape.zeros)
 

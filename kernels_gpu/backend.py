@@ -75,7 +75,7 @@ class GpuBackend:
             heads = self.vector(tensors).view(*tensors[0].ne[::-1])
             self._bytes["weights"] += heads.nbytes
             return GpuWeight(tensors[0].ne[0], (), heads)
-        runs = itertools.groupby(tensors, key=lambda tensor: tensor.type.id)
+        runs = itertools.groupby(tensors, key=lambda tensor: tensor.type.name)
         return GpuWeight(tensors[0].ne[0], tuple(self._upload([*run]) for _, run in runs))
 
     def experts(self, tensors: Sequence[Tensor]) -> GpuExperts:

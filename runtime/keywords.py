@@ -35,6 +35,7 @@ class LoadKeywords(TypedDict, total=False):
     speculate: bool
     draft_model: str | os.PathLike[str] | None
     quantize: str | None
+    activations: str
     embed: bool
     observe: bool
 

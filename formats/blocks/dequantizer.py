@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import CODED_FORMS, decode
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.deferred import COMPILING
@@ -84,6 +85,8 @@ def _number(dtype: np.dtype[Any]) -> _Convert:
 
 
 def _converter(type: TensorType) -> _Convert:
+    if coded := CODED_FORMS.get(type.name):
+        return lambda src, out: decode(src, type.type_size, coded.table, out)
     if type.is_quantized:
         return _quantized(type.name)
     return {"F16": _f16, "BF16": _bf16}.get(type.name) or _number(type.dtype)

@@ -1,4 +1,4 @@
-"""The table of ggml tensor types: the size of a block of each type, and the fields of its bytes.
+"""The tables of tensor types: the size of a block of each type, and the fields of its bytes.
 
 A row of a tensor is a sequence of blocks. A block holds `block_size` weights in `type_size` bytes. The structured dtype
 has ggml's names for the fields of a block, in little-endian order. A big-endian file swaps the bytes of each field.
@@ -17,9 +17,9 @@ from gguf_run.formats.frozen import frozen
 
 @frozen
 class TensorType:
-    """One ggml tensor type."""
+    """One tensor type."""
 
-    id: int  # ggml's number
+    id: int | None  # ggml's number; None: the type is in no GGUF file
     name: str
     block_size: int  # weights of a block
     type_size: int  # bytes of a block
@@ -41,7 +41,7 @@ class TensorType:
 _F16, _F32, _I8, _U8, _I16, _U16, _U32 = "<f2", "<f4", "i1", "u1", "<i2", "<u2", "<u4"
 
 
-def _row(id: int, name: str, block_size: int, type_size: int, *fields: tuple[Any, ...] | str) -> TensorType:
+def _row(id: int | None, name: str, block_size: int, type_size: int, *fields: tuple[Any, ...] | str) -> TensorType:
     """A row of the table. fields: one scalar type, or (name, scalar type[, count]) for each field of a block."""
     layout = fields[0] if isinstance(fields[0], str) else list(fields)
     return TensorType(id, name, block_size, type_size, np.dtype(layout))
@@ -89,6 +89,21 @@ TENSOR_TYPES: tuple[TensorType, ...] = (
     _row(41, "Q1_0",    128,  18, ("d", _F16), ("qs", _U8, 16)),
     _row(42, "Q2_0",     64,  18, ("d", _F16), ("qs", _U8, 16)),
 )
+# Types of quantized checkpoints that ggml does not have. They live in memory only: GGUF has no number for them.
+# All blocks of a row have the same d, but in NF4 and FP4. In types for 128 x 128 weights all rows of a panel have it.
+CHECKPOINT_TYPES: tuple[TensorType, ...] = (
+    _row(None, "FP8_E4M3",      32,  36, ("d", _F32), ("qs", _U8, 32)),
+    _row(None, "FP8_E5M2",      32,  36, ("d", _F32), ("qs", _U8, 32)),
+    _row(None, "FP8_E4M3_128", 128, 132, ("d", _F32), ("qs", _U8, 128)),
+    _row(None, "INT8",          32,  36, ("d", _F32), ("qs", _I8, 32)),
+    # bitsandbytes: a byte of qs has two weights, the first one in the high nibble.
+    _row(None, "NF4",           64,  36, ("d", _F32), ("qs", _U8, 32)),
+    _row(None, "FP4",           64,  36, ("d", _F32), ("qs", _U8, 32)),
+    # The same blocks, of which products take activations as they are, not rounded to int8.
+    _row(None, "INT8_F32",      32,  36, ("d", _F32), ("qs", _I8, 32)),
+    _row(None, "NF4_F32",       64,  36, ("d", _F32), ("qs", _U8, 32)),
+    _row(None, "FP4_F32",       64,  36, ("d", _F32), ("qs", _U8, 32)),
+)
 # fmt: on
 
 # Types that ggml has removed. Files with them exist.
@@ -96,8 +111,8 @@ _REMOVED = MappingProxyType(
     {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
     | {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 )
-_BY_ID = MappingProxyType({row.id: row for row in TENSOR_TYPES})
-_BY_NAME = MappingProxyType({row.name: row for row in TENSOR_TYPES})
+_BY_ID = MappingProxyType({row.id: row for row in TENSOR_TYPES if row.id is not None})
+_BY_NAME = MappingProxyType({row.name: row for row in (*TENSOR_TYPES, *CHECKPOINT_TYPES)})
 
 
 def type_by_id(id: int) -> TensorType:

@@ -97,6 +97,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("NVFP4",   16,  -12,  12, False, False, "small", "e2m1"),
     ("Q1_0",    32,   -1,   1, False, False, "legacy"),
     ("Q2_0",    32,   -1,   2, False, False, "legacy"),
+    ("INT8",    32, -128, 127, False, False, "legacy"),
 )
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""Unpackers of the types with one scale per block of 32 to 128 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q8_1 Q1_0 Q2_0.
+"""Unpackers of the types with one scale per block of 32 to 128 weights: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q8_1 Q1_0 Q2_0 INT8.
 
 unpack.py says what an unpacker does. In the 4- and 5-bit types byte i of `qs` holds weights i and i + 16, and bit i of
 the 32-bit `qh` is the fifth bit of weight i:
@@ -9,7 +9,7 @@ the 32-bit `qh` is the fifth bit of weight i:
 
 from typing import Any
 
-from gguf_run.formats.blocks.scalars import add_bit_of_each, f16, take_bits, u32
+from gguf_run.formats.blocks.scalars import add_bit_of_each, f16, f32, take_bits, u32
 from gguf_run.formats.compiler.jit import njit
 
 
@@ -63,6 +63,13 @@ def unpack_q8_0(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any
 def unpack_q8_1(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
     """d f16 | s f16 | qs i8[32]; weight = d * q. s = d * sum(qs) is for dot products only."""
     scale[0] = f16(src, at)
+    take_bits(q, 0, 32, src, at + 4, 0, 255, 0)
+
+
+@njit(forceinline=True)
+def unpack_int8(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f32 | qs i8[32]; weight = d * q. All blocks of a row have the same d."""
+    scale[0] = f32(src, at)
     take_bits(q, 0, 32, src, at + 4, 0, 255, 0)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.formats.blocks.scalars import e8m0_half, f16, take_bits, u16, ue4m3_half
+from gguf_run.formats.blocks.scalars import e8m0_half, f16, f32, take_bits, u16, ue4m3_half
 from gguf_run.formats.compiler.jit import njit
 
 
@@ -84,3 +84,12 @@ def unpack_nvfp4(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: An
     for g in range(4):
         scale[g] = ue4m3_half(np.int64(src[at + g]))
         _look_up(src[at + 4 + 8 * g : at + 12 + 8 * g], q[16 * g : 16 * g + 16], grid)
+
+
+@njit(forceinline=True)
+def unpack_4(src: Any, at: int, q: Any, scale: Any, minimum: Any, factor: Any, grid: Any) -> None:
+    """d f32 | qs u8[32], two weights in a byte, the first one in the high nibble. q becomes the codes."""
+    scale[:] = f32(src, at)
+    for i in range(32):
+        q[2 * i] = src[at + 4 + i] >> 4
+        q[2 * i + 1] = src[at + 4 + i] & 15

@@ -64,6 +64,9 @@ class Tensor(TensorInfo):
     file: MappedFile = field(repr=False, compare=False)
     # A factor for the weights of each matrix; (): none. NVFP4 has them: llama.cpp keeps them in tensors "... .scale".
     scales: tuple[float, ...] = field(default=(), kw_only=True, compare=False)
+    # How products round what they take: "int8" or "fp8", the columns that share a scale (0: all), and the scale (0:
+    # from their largest number). None: as the type does.
+    rounding: tuple[str, int, float] | None = field(default=None, kw_only=True, compare=False)
 
     def blocks(self, first: int = 0, end: int | None = None) -> NDArray[np.uint8]:
         """Return the bytes of rows first .. end (default: all) as uint8[rows, row_bytes], little-endian, read-only.

@@ -13,6 +13,7 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.compiler.jit import njit
 from gguf_run.formats.errors import FormatError
+from gguf_run.formats.quantizers.coded import CODED_QUANTIZERS
 from gguf_run.formats.quantizers.encode import Quantizer
 from gguf_run.formats.quantizers.fp4 import FP4_QUANTIZERS, FP4_SEARCHES
 from gguf_run.formats.quantizers.k import K_QUANTIZERS
@@ -56,7 +57,7 @@ def quantize(
     n_threads: int | None = None,
     search: bool = False,
 ) -> NDArray[np.uint8]:
-    """Quantize weights to blocks of a type, byte for byte as ggml's ggml_quantize_chunk.
+    """Quantize weights to blocks of a type, byte for byte as ggml's ggml_quantize_chunk if ggml has it.
 
     array: float32[..., n] or float16[..., n].
     importance: float32[n], how much an error in each column matters in all rows (llama.cpp's imatrix). None: ggml's
@@ -69,7 +70,7 @@ def quantize(
     that is negative or not finite, if the type cannot be written.
     """
     type = type_by_name(type) if isinstance(type, str) else type
-    known = SEARCHES if search else QUANTIZERS
+    known = SEARCHES if search else {**QUANTIZERS, **CODED_QUANTIZERS}
     if type.name not in known:
         raise FormatError(f"no {'search' if search else 'quantizer'} for {type.name}: allowed are {' '.join(known)}")
     if array.dtype not in (np.float32, np.float16) or array.ndim == 0:

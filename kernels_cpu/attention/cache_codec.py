@@ -10,8 +10,8 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
-from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR, load_floats
-from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.matmul.tile import load_floats
+from gguf_run.kernels_cpu.panels.panels import FLOAT8_FACTOR, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 from gguf_run.models.kv_cache import GROUP

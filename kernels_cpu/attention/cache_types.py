@@ -15,7 +15,7 @@ The order of V's positions puts pairs of 16 bits of positions l and l + 16 side 
 """
 
 from gguf_run.formats.frozen import frozen
-from gguf_run.kernels_cpu.panels.panels import CACHE_PANELS, PANEL_OF, IntPanel, Panel
+from gguf_run.kernels_cpu.panels.panels import CACHE_PANELS, PLAIN_PANELS, IntPanel, PlainPanel
 from gguf_run.models.backend import BLOCK
 from gguf_run.models.kv_cache import GROUP
 
@@ -29,7 +29,7 @@ class CacheFormat:
 
     name: str
     bits: int  # of an element
-    panel: Panel  # of K; the form of V's elements
+    panel: PlainPanel  # of K; the form of V's elements
     block: int | None = 0  # columns that share a scale; 0: there is no scale, None: all columns of a row
     largest: float = 0.0  # the stored form of the largest number of a row, if a row has one scale
 
@@ -65,15 +65,15 @@ class CacheFormat:
 
 
 def _blocks(name: str, bits: int, panel: str = "") -> CacheFormat:
-    return CacheFormat(name, bits, PANEL_OF[panel or name.upper()], BLOCK)
+    return CacheFormat(name, bits, PLAIN_PANELS[panel or name.upper()], BLOCK)
 
 
 CACHE_FORMATS = {
     row.name: row
     for row in (
-        CacheFormat("f32", 32, PANEL_OF["F32"]),
-        CacheFormat("f16", 16, PANEL_OF["F16"]),
-        CacheFormat("bf16", 16, PANEL_OF["BF16"]),
+        CacheFormat("f32", 32, PLAIN_PANELS["F32"]),
+        CacheFormat("f16", 16, PLAIN_PANELS["F16"]),
+        CacheFormat("bf16", 16, PLAIN_PANELS["BF16"]),
         _blocks("q8_0", 8),
         _blocks("q5_1", 5),
         _blocks("q5_0", 5),

@@ -19,8 +19,7 @@ import operator
 from gguf_run.kernels_cpu.attention.cache_types import FORMATS, CacheFormat
 from gguf_run.kernels_cpu.attention.sizes import P_BYTES, P_FACTOR, P_MINIMUM, P_START, SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, load_quants
-from gguf_run.kernels_cpu.matmul.tile import FLOAT8_FACTOR
-from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.panels.panels import FLOAT8_FACTOR, ROWS, FloatPanel, IntPanel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val

@@ -14,14 +14,14 @@ from gguf_run.kernels_cpu.attention.int_tiles import scale_columns
 from gguf_run.kernels_cpu.attention.sizes import SPAN
 from gguf_run.kernels_cpu.matmul.int_tile import decode_blocks, load_factors
 from gguf_run.kernels_cpu.matmul.tile import load_floats
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, Panel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, FloatPanel, PlainPanel
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I32, I64, Simd, Val
 
 _ROW = 4 * VECTORS * ROWS  # bytes of a position in a part: the columns of a tile of values
 
 
-def _columns(s: Simd, panel: Panel, k: Val, b: Val) -> list[Val]:
+def _columns(s: Simd, panel: PlainPanel, k: Val, b: Val) -> list[Val]:
     """Return the 32 columns of block b of 16 keys, f32, without scales of whole rows."""
     if isinstance(panel, FloatPanel):
         at = k + b * (BLOCK * panel.step_bytes)

@@ -31,8 +31,13 @@ def int_tile(
 
     def some_rows(i: Val) -> None:
         first = i * lanes
-        acc = [s.load(init + first * 4, F32, lanes) for init, _ in places]
-        sums = _run(s, panel, ws, first, n_steps, xs, acc, ahead)
+        acc = start = [s.load(init + first * 4, F32, lanes) for init, _ in places]
+        if panel.rows_at:
+            acc = [s.const(F32, 0.0, lanes)] * len(start)
+        sums = _run(s, panel, [w + panel.rows_at for w in ws], first, n_steps, xs, acc, ahead)
+        if panel.rows_at:
+            scales = [s.load(w + first * 4, F32, lanes) for w in ws]
+            sums = [s.fma(total, scales[i % len(ws)], start[i]) for i, total in enumerate(sums)]
         for value, (_, out) in zip(sums, places, strict=True):
             s.store(value, out + first * 4)
 
@@ -95,12 +100,15 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
     first_sum = 0 if n_groups == 1 else 4  # the sum of all 32 values, or of each half
     signed = shape.offset == 128 and s.isa.signed_bytes
     for g in range(n_groups):
-        dots = [[s.dot_sum(s.const(I32, 0, lanes), -8 if signed else shape.dot_bits) for _ in blocks] for _ in xs]
+        n_bits = -8 if signed else shape.dot_bits
+        dots = [[s.dot_sum(s.const(I32, 0, lanes), n_bits) for _ in blocks] for _ in xs]
+        fine = [[s.dot_sum(s.const(I32, 0, lanes), 8) for _ in blocks if shape.fine] for _ in xs]
         for i in range(8 // n_groups * g, 8 // n_groups * (g + 1)):
             us = [block.quant(i) ^ 0x80 if signed else block.quant(i) for block in blocks]
-            for x, row in zip(xs, dots, strict=True):
+            us += [block.quant(i, shape.fine) for block in blocks if shape.fine]
+            for x, row, more in zip(xs, dots, fine, strict=True):
                 x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
-                for u, dot in zip(us, row, strict=True):
+                for u, dot in zip(us, row + more, strict=True):
                     dot.add(u, x4)
         new = []
         for t, x in enumerate(xs):
@@ -109,6 +117,8 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
                 correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
                 total = dot.total() - correction if correction else dot.total()
+                if shape.fine:
+                    total = (total << 8) + fine[t][p].total()
                 factor = block.scales[g] * d if block.scales else d
                 new.append(s.fma(total.to(F32), factor, acc[t * len(blocks) + p]))
         acc = new
@@ -152,30 +162,30 @@ class _Block(NamedTuple):
     scales: list[Val]  # f32[rows] of each group; empty if all scales are 1. Paired: i16[2 * rows] of both groups
     minimums: list[Val]  # the same; empty if there are none
     factors: list[Val]  # f32[rows]: of the scales and the minimums of a paired panel
-    quant: Callable[[int], Val]  # from i to u of vector i: columns 4i to 4i + 3 of each row
+    quant: Callable[..., Val]  # from i to u of vector i: columns 4i to 4i + 3 of each row, see load_quants
 
 
-def load_quants(
-    s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS, in_order: bool = False
-) -> Callable[[int], Val]:
+def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS, in_order: bool = False) -> Callable[..., Val]:
     """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes.
 
+    The function has a second argument: the codebook to look in.
     in_order: see decode_blocks.
     """
+    book = tuple(value + shape.offset for value in shape.codebook)
     stored = []
     for plane in range(shape.bits):
         if in_order:
             s.keep_order()
         stored.append(s.load(planes + 64 * plane, I8, 4 * lanes))
 
-    def quant(i: int) -> Val:
+    def quant(i: int, book: tuple[int, ...] = book) -> Val:
         if shape.bits == 8:
             return stored[i]
         up = HIGHER * (i // 4) if is_paired(shape) else 0
         places = bit_places(shape, i)
         parts = [_moved(stored[plane], bit + up - at) & mask << bit + up for plane, at, bit, mask in places]
         u = functools.reduce(operator.or_, parts)
-        return s.look_up([value + shape.offset for value in shape.codebook], u) if shape.codebook else u
+        return s.look_up(book, u) if book else u
 
     return quant
 
@@ -226,8 +236,10 @@ def _head(s: Simd, shape: IntPanel, at: Val, first: Val, lanes: int) -> tuple[li
             return [v.to(F32) for v in six[:n]], [v.to(F32) for v in six[n:]]
         case "k8":
             return [byte(i).to(F32) for i in range(n)], []
-        case "none":
+        case "none" | "row":
             return [], []
+        case "f32 64":
+            return [s.load(at + first * 4, F32, lanes)] * 2, []
         case "e8m0":
             e = byte(0)
             power = s.select(e.compare("<", 2), s.const(I32, 0x00200000, lanes) << e, (e - 1) << 23)

@@ -4,13 +4,16 @@ Each of the 16 f32 lanes is one row: nothing is summed across lanes. A vector of
 and multiplied with all tokens of the tile. An activation is repeated in all lanes. Integer panels are in int_tile.py.
 """
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable
 
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, prefetch_step
-from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, FloatPanel, IntPanel, Panel
+from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, CodedPanel, FloatPanel, IntPanel, Panel
 from gguf_run.kernels_cpu.vector import isa
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I16, I32, I64, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
 TILES = tuple(n for n in (1, 2, 4, 8) if n <= isa.current().tokens)  # tokens of a tile
 _FLOAT_SUMS = 16  # sums of the largest float tile that run side by side
@@ -76,6 +79,9 @@ def _tile(
     if isinstance(panel, IntPanel):
         int_tile(s, panel, ws, n_steps, xs, places, ahead)
         return
+    if isinstance(panel, CodedPanel):
+        _coded_tile(s, panel, ws, n_steps, xs, places, ahead)
+        return
 
     def products(k: Val) -> list[tuple[Val, Val]]:
         at = k * panel.step_bytes
@@ -92,11 +98,58 @@ def _tile(
         s.store(value, to)
 
 
-# What load_floats leaves out: f16 has e5m2's exponent, but one more bit than e4m3's, with another bias.
-FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
+def _coded_tile(
+    s: Simd, panel: CodedPanel, ws: list[Val], n_steps: Val, xs: list[Val], places: list[tuple[Val, Val]], ahead: Val
+) -> None:
+    """A tile of a coded panel. The columns of a scale are summed, and the sum is multiplied with the scale."""
+    n, unroll = len(places), _FLOAT_SUMS // isa.current().tokens
+    n_spans, per = s.const(I64, 1), n_steps
+    if panel.span:
+        per = s.const(I64, panel.span // panel.columns)
+        n_spans = n_steps >> (panel.span // panel.columns).bit_length() - 1
+    stored = 4 if panel.shared else 4 * ROWS
+    codes = ((n_spans * stored + 63) >> 6) << 6  # bytes before the codes
+
+    def step(k: Val, acc: list[Val]) -> list[Val]:
+        at, new = codes + k * panel.step_bytes, list(acc)
+        prefetch_step(s, [w + at for w in ws], panel.step_bytes, ahead)
+        rows = [load_codes(s, panel, w + at) for w in ws]
+        for c in range(panel.columns):
+            values = [s.load(x + k * (4 * panel.columns) + 4 * c, F32, splat=ROWS) for x in xs]
+            for i, (value, row) in enumerate(itertools.product(values, rows)):
+                to = c % unroll * n + i
+                new[to] = s.fma(row[c], value, new[to])
+        return new
+
+    def span(j: Val, acc: list[Val]) -> list[Val]:
+        sums = s.loop(per, [s.const(F32, 0.0, ROWS)] * (n * unroll), lambda i, part: step(j * per + i, part))
+        totals = [functools.reduce(operator.add, sums[i::n]) for i in range(n)]
+        ats = [w + j * stored for w in ws]
+        scales = [s.load(at, F32, splat=ROWS) if panel.shared else s.load(at, F32, ROWS) for at in ats]
+        return [s.fma(total, scales[i % len(ws)], acc[i]) for i, total in enumerate(totals)]
+
+    sums = s.loop(n_spans, [s.load(at, F32, ROWS) for at, _ in places], span)
+    for (_, to), value in zip(places, sums, strict=True):
+        s.store(value, to)
 
 
-def load_floats(s: Simd, panel: FloatPanel, at: Val) -> Val:
+def load_codes(s: Simd, panel: CodedPanel, at: Val) -> list[Val]:
+    """Load a step of a coded panel: f32[16] for each column. FP8 is divided by FLOAT8_FACTOR."""
+    if panel.table:
+        bytes_ = [s.load(at + ROWS * i, I8, ROWS).to(I32, signed=False) for i in range(panel.columns // 2)]
+        return [s.look_up_floats(panel.table, codes) for v in bytes_ for codes in (v, v >> 4)]
+    words = [s.load(at + 2 * ROWS * i, I16, ROWS) for i in range(panel.columns // 2)]
+    match panel.name:
+        case "INT8_F32":
+            return [v.to(I32).to(F32) for word in words for v in ((word << 8).sar(8), word.sar(8))]
+        case "E5M2":
+            pairs = [(word << 8, word & 0xFF00) for word in words]
+        case _:
+            pairs = [(s.low_bytes(word) & 0xBFFF, word.sar(1) & 0xBF80) for word in words]
+    return [half.as_type(F16).to(F32) for pair in pairs for half in pair]
+
+
+def load_floats(s: Simd, panel: FloatPanel | CodedPanel, at: Val) -> Val:
     """Load 16 elements of a float panel as f32. Those of 8 bits are divided by FLOAT8_FACTOR."""
     stored = s.load(at, panel.element, ROWS)
     match panel.name:

@@ -1,5 +1,7 @@
 """The CPU backend's handles: weights as panels, embedding tables. And the memory that they use."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,6 +46,7 @@ class WeightPart:
     data: NDArray[np.uint8]  # the panels
     first: int  # first row
     n_out: int  # rows
+    rounding: tuple[str, int, float] | None = None  # see Tensor.rounding
 
 
 @frozen(eq=False)
@@ -65,4 +68,4 @@ class CpuTable:
     type_name: str
     n_in: int
     blocks: NDArray[np.uint8]  # [n_rows, row_bytes]
-    grid: NDArray[np.int8]  # codebook of the type
+    grid: NDArray[Any]  # codebook of the type: int8, or the f32 table of a coded type

@@ -88,6 +88,10 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
     words = [v.to(I32) for v in numbers] if panel.scales.shared else []
     n = panel.columns // panel.group
     match panel.scales.name:
+        case "row":
+            return []
+        case "f32 64":
+            return [numbers[0] * (1 / 32767)]
         case "f16":
             return [v.to(F16) for v in numbers]
         case "f32":

@@ -16,6 +16,11 @@ column 4i + c. planes.py says where their bits are in the planes. For example
 
 A float panel holds [n_in][16] numbers. Both kinds are lossless, and as narrow as the file for the common types.
 
+A coded panel holds the codes of a type of formats/blocks/coded.py: first all scales, f32, filled up to whole cache
+lines, then the codes in steps of 64 bytes. A word of 16 bits has the FP8 codes of columns 2i and 2i + 1 of a row. A
+byte has codes of 4 bits of both, lowest bits first. An integer panel of type INT8 begins with the scales of its rows,
+[16] f32, and has no others.
+
 An integer panel is multiplied with int8 activations. They are blocks of 32 columns, one cache line each:
 
     byte  0   32 int8 values, never -128
@@ -26,9 +31,11 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from llvmlite import ir
 
+from gguf_run.formats.blocks.coded import CODED_FORMS, CODES_OF_4_BITS, CodedForm
 from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS, IntegerForm
 from gguf_run.formats.frozen import frozen
@@ -56,8 +63,10 @@ SCALES = {
     for row in (
         Scales("f16", 32, False, 2, "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL TQ1_0 TQ2_0 Q1_0 Q2_0"),
         Scales("f32", 32, False, 4),  # all other types
+        Scales("f32 64", 64, False, 2, "NF4 FP4"),  # one for 64 columns, over 32767
         Scales("e8m0", 32, False, 1, "MXFP4"),  # an exponent, see formats/blocks/scalars.py
         Scales("none", 32, False, 0),  # all scales are 1
+        Scales("row", 32, False, 0, "INT8"),  # one for each row, in front of all spans
         Scales("k4", 32, True, 0.5, "Q2_K"),  # see planes.py
         Scales("k3", 64, True, 0.75, "Q3_K"),  # see planes.py
         # Three bytes: four numbers of 6 bits, the fourth made of the top bits of the bytes.
@@ -79,6 +88,7 @@ class IntPanel:
     has_minimum: bool
     span: int  # columns of a span
     codebook: tuple[int, ...] = ()  # if not empty: u = codebook[code] + offset
+    fine: tuple[int, ...] = ()  # if not empty: 256 * codebook[code] + fine[code] is multiplied, in two products
 
     @property
     def columns(self) -> int:
@@ -89,6 +99,11 @@ class IntPanel:
     def n_steps(self) -> int:
         """Steps of a span."""
         return self.span // self.columns
+
+    @property
+    def rows_at(self) -> int:
+        """Bytes of a panel before its spans: the scales of its rows."""
+        return 4 * ROWS * (self.scales.name == "row")
 
     @property
     def n_factors(self) -> int:
@@ -117,7 +132,7 @@ class IntPanel:
 
     def group_bytes(self, n_in: int) -> int:
         """Return the bytes of 16 rows of n_in columns."""
-        return n_in // self.span * self.span_bytes
+        return self.rows_at + n_in // self.span * self.span_bytes
 
 
 @frozen
@@ -139,6 +154,44 @@ class FloatPanel:
         return n_in * ROWS * self.element_bytes
 
 
+@frozen
+class CodedPanel:
+    """The layout of a coded panel."""
+
+    name: str
+    table: tuple[float, ...]  # what codes of 4 bits stand for; (): they are FP8
+    span: int  # columns of a scale; 0: all
+    shared: bool  # whether 16 rows share their scales
+
+    element: ClassVar = ir.IntType(8)
+    step_bytes: ClassVar = 64
+
+    @property
+    def columns(self) -> int:
+        """Columns of a step."""
+        return 8 if self.table else 4
+
+    def n_scales(self, n_in: int) -> int:
+        """Return the number of scales of 16 rows of n_in columns."""
+        return (n_in // self.span if self.span else 1) * (1 if self.shared else ROWS)
+
+    def group_bytes(self, n_in: int) -> int:
+        """Return the bytes of 16 rows of n_in columns."""
+        return -(-self.n_scales(n_in) // ROWS) * 4 * ROWS + n_in // self.columns * self.step_bytes
+
+
+def _coded_panel(form: CodedForm) -> CodedPanel:
+    name, shared = form.type.name.removeprefix("FP8_").removesuffix("_128"), form.type.name.endswith("_128")
+    table = tuple(form.table.tolist()) if len(form.table) == 16 else ()
+    return CodedPanel(name, table, form.type.block_size if table or shared else 0, shared)
+
+
+def _panel_of_4_bits(form: CodedForm) -> IntPanel:
+    """Return a panel whose integers of 16 bits are at most 1 / 65534 of d from the numbers of the table."""
+    high, fine = zip(*(divmod(round(value * 32767), 256) for value in form.table.tolist()), strict=True)
+    return IntPanel(4, 8, 128, BLOCK, SCALES["f32 64"], False, form.type.block_size, high, fine)
+
+
 def _int_panel(form: IntegerForm) -> IntPanel:
     """Return the narrowest panel that holds a tensor type exactly."""
     offset = 1 << (-form.q_min - 1).bit_length() if form.q_min < 0 else 0
@@ -152,16 +205,21 @@ def _int_panel(form: IntegerForm) -> IntPanel:
     return IntPanel(bits, dot_bits, offset, form.group, scales, form.has_minimum, span, book)
 
 
-Panel = IntPanel | FloatPanel
-FLOAT_PANELS: dict[str, Panel] = {
+# What load_floats leaves out: f16 has e5m2's exponent, but one more bit than e4m3's, with another bias.
+FLOAT8_FACTOR = {"E4M3": 256.0, "E5M2": 1.0}
+PlainPanel = IntPanel | FloatPanel
+Panel = PlainPanel | CodedPanel
+FLOAT_PANELS: dict[str, PlainPanel] = {
     "F32": FloatPanel("F32", ir.FloatType(), 4),
     "F16": FloatPanel("F16", ir.HalfType(), 2),
     "BF16": FloatPanel("BF16", ir.IntType(16), 2),
 }
+PLAIN_PANELS: dict[str, PlainPanel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
 # The panel that each tensor type is repacked into. Types that are missing here go through F32.
-PANEL_OF: dict[str, Panel] = FLOAT_PANELS | {name: _int_panel(form) for name, form in INTEGER_FORMS.items()}
+PANEL_OF: dict[str, Panel] = {**PLAIN_PANELS, **{name: _coded_panel(form) for name, form in CODED_FORMS.items()}}
+PANEL_OF |= {name: _panel_of_4_bits(CODED_FORMS[name]) for name in CODES_OF_4_BITS}
 # Panels of KV caches only. Their scales are elsewhere (attention/cache_types.py).
-CACHE_PANELS: dict[str, Panel] = {
+CACHE_PANELS: dict[str, PlainPanel] = {
     "INT8": IntPanel(8, 8, 128, BLOCK, SCALES["none"], False, BLOCK),
     "E4M3": FloatPanel("E4M3", ir.IntType(8), 1),
     "E5M2": FloatPanel("E5M2", ir.IntType(8), 1),

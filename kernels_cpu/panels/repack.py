@@ -8,20 +8,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import CODES_AT, CODES_OF_4_BITS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import njit, specialize
+from gguf_run.formats.errors import FormatError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.kernels_cpu.panels.panels import ROWS, FloatPanel, Panel, panel_for, panel_id
+from gguf_run.kernels_cpu.panels.panels import (
+    FLOAT8_FACTOR,
+    ROWS,
+    CodedPanel,
+    FloatPanel,
+    IntPanel,
+    Panel,
+    panel_for,
+    panel_id,
+)
 
 if COMPILING:
     from gguf_run.kernels_cpu.panels.pack import pack
+    from gguf_run.kernels_cpu.vector.native import f32_at
 
+_FORMS = {**INTEGER_FORMS, **CODES_OF_4_BITS}
 _LEAST_BYTES, _MOST_BYTES = 1 << 17, 1 << 22  # bytes of panels that a thread makes at a time
 
 # Placeholders: `specialize` replaces them in _repack_int.
 unpack: Any = None
-PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = 0
+PANEL = BLOCK_SIZE = TYPE_SIZE = GROUP = BYTES = ROWS_AT = 0
 
 
 def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
@@ -29,6 +42,7 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
 
     src: u8[n_rows * row_bytes]. times: f32 factors of equal shares of the rows. out: address of the panels.
     """
+    group_bytes = ROWS_AT + n_in // BLOCK_SIZE * BYTES
     n_scales = BLOCK_SIZE // GROUP
     q = np.zeros((ROWS, BLOCK_SIZE), np.int8)
     scale, minimum = np.zeros((n_scales, ROWS), np.float32), np.zeros((n_scales, ROWS), np.float32)
@@ -51,15 +65,18 @@ def _repack_int(src, row_bytes, n_rows, n_in, grid, times, out, first, end):
                 for g in range(n_scales):
                     scale[g, r], minimum[g, r] = row_scale[g] * more[r], row_minimum[g]
                 factor[0, r], factor[1, r] = row_factor[0], row_factor[1]
-            to = out + group * (n_in // BLOCK_SIZE) * BYTES + b * BYTES
+            if b == 0 and ROWS_AT:  # one scale for each row
+                f32_at(out + group * group_bytes, ROWS)[:] = scale[0]
+            to = out + group * group_bytes + ROWS_AT + b * BYTES
             pack(PANEL, BLOCK_SIZE, q.ctypes.data, scale.ctypes.data, minimum.ctypes.data, factor.ctypes.data, to)
 
 
 @functools.cache
 def _repack_int_for(type_name: str) -> Callable[..., None]:
-    form, panel = INTEGER_FORMS[type_name], panel_for(type_name)
-    n_bytes = panel.group_bytes(form.type.block_size)
-    return specialize(_repack_int, type_name, PANEL=panel_id(panel), BYTES=n_bytes, **form.constants)
+    form, panel = _FORMS[type_name], panel_for(type_name)
+    assert isinstance(panel, IntPanel)
+    sizes = {"ROWS_AT": panel.rows_at, "BYTES": form.type.block_size // panel.span * panel.span_bytes}
+    return specialize(_repack_int, type_name, PANEL=panel_id(panel), **sizes, **form.constants)
 
 
 @njit
@@ -73,6 +90,25 @@ def _repack_float(src, n_rows, n_in, out, first, end):
             row = group * ROWS + r
             for i in range(n_in):
                 out[(group * n_in + i) * ROWS + r] = src[row * n_in + i] if row < n_rows else 0
+
+
+@njit
+def _repack_codes(src, type_size, n_rows, is_8_bits, out, first, end):
+    """Repack the codes of groups `first` to `end` - 1 of 16 rows of a coded type.
+
+    src: u8[n_rows, row_bytes]. out: u8[n_group, bytes of codes].
+    """
+    size = type_size - CODES_AT
+    for group in range(first, end):
+        for r in range(min(ROWS, n_rows - group * ROWS)):
+            row, to = src[group * ROWS + r], out[group]
+            for b in range(len(row) // type_size):
+                for i in range(size):
+                    code = row[b * type_size + CODES_AT + i]
+                    if is_8_bits:
+                        to[(b * size + i & -2) * ROWS + 2 * r + i % 2] = code
+                    else:
+                        to[(b * size + i) * ROWS + r] = code << 4 | code >> 4
 
 
 def floats(tensor: Tensor) -> NDArray[np.float32]:
@@ -103,20 +139,42 @@ def repack(tensors: list[Tensor], out: NDArray[np.uint8], executor: Executor, n_
     return jobs
 
 
+def _repack_coded(
+    tensor: Tensor, panel: CodedPanel, blocks: NDArray[np.uint8], out: NDArray[np.uint8], first: int, end: int
+) -> None:
+    """Repack groups `first` to `end` - 1 of 16 rows of a coded type. out: u8[n_group, group_bytes]."""
+    n_in, dtype = tensor.ne[0], tensor.type.dtype
+    scale = blocks[first * ROWS : end * ROWS].view(dtype)["d"] * np.float32(FLOAT8_FACTOR.get(panel.name, 1))
+    scale = np.pad(scale, ((0, -len(scale) % ROWS), (0, 0)), "edge" if panel.shared else "constant")
+    groups = scale.reshape(end - first, ROWS, -1).swapaxes(1, 2)
+    if panel.shared and (groups != groups[..., :1]).any():
+        what = "16 rows that follow each other have several scales for the same columns"
+        raise FormatError(f"{tensor.name}: {what}, in {tensor.type.name} they must have one: give --quantize Q8_0")
+    kept = groups[:, : None if panel.span else 1, : 1 if panel.shared else None]
+    out[first:end, : 4 * panel.n_scales(n_in)].view(np.float32)[:] = kept.reshape(end - first, -1)
+    codes = out[:, -(n_in // panel.columns * panel.step_bytes) :]
+    _repack_codes(blocks, dtype.itemsize, tensor.n_rows, not panel.table, codes, first, end)
+
+
 def _work(tensor: Tensor, panel: Panel, out: NDArray[np.uint8]) -> Callable[[int, int], None]:
     """Return a function that repacks groups `first` to `end` - 1 of 16 rows of a tensor."""
     blocks, n_rows, n_in = tensor.blocks(), tensor.n_rows, tensor.ne[0]
-    if isinstance(panel, FloatPanel):
-        if tensor.type.name != panel.name:
-            blocks = floats(tensor).view(np.uint8)
+    make: Callable[[int, int], None]
+    if isinstance(panel, CodedPanel):
+        make = functools.partial(_repack_coded, tensor, panel, blocks, out.reshape(-1, panel.group_bytes(n_in)))
+    elif isinstance(panel, FloatPanel):
+        if tensor.type.name != panel.name or (tensor.scales and panel.name == "F32"):
+            numbers = floats(tensor)
+            if tensor.scales:
+                share = np.arange(n_rows) * len(tensor.scales) // n_rows
+                numbers = numbers * np.array(tensor.scales, np.float32)[share, None]
+            blocks = numbers.view(np.uint8)
         word = np.dtype(f"u{panel.element_bytes}")
         src, to = blocks.reshape(-1).view(word), out.view(word)
         make = functools.partial(_repack_float, src, n_rows, n_in, to)
     else:
         # a panel with a codebook holds codes: with this grid the unpacker returns them
-        grid = (
-            np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else INTEGER_FORMS[tensor.type.name].grid()
-        )
+        grid = np.arange(len(panel.codebook), dtype=np.int8) if panel.codebook else _FORMS[tensor.type.name].grid()
         grid.flags.writeable = False
         flat, row_bytes = blocks.reshape(-1), blocks.shape[-1]
         repack_int = _repack_int_for(tensor.type.name)

@@ -5,18 +5,20 @@ from typing import Any
 
 import numpy as np
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.compiler.deferred import COMPILING
 from gguf_run.formats.compiler.jit import carray, clone
 from gguf_run.kernels_cpu.replay.op import TapeOp, n_rows, row_op
 
 if COMPILING:
+    from gguf_run.formats.blocks.coded import decode
     from gguf_run.formats.blocks.scalars import half_to_f32
     from gguf_run.kernels_cpu.vector.native import f32_at, i32_at, i64_at, pointer
 
 # Placeholders: `clone` replaces them in _embed_blocks.
 unpack: Any = None
-BLOCK_SIZE = TYPE_SIZE = GROUP = 0
+BLOCK_SIZE = TYPE_SIZE = GROUP = N_CODES = 0
 HAS_MINIMUM = False
 
 FLOAT_TABLES = ("F32", "F16", "BF16")
@@ -38,6 +40,17 @@ def _embed_blocks(a, first, end):
             for i in range(BLOCK_SIZE):
                 value = factor[0] * scale[i // GROUP] * q[i]
                 out[i] = (value + factor[1] * minimum[i // GROUP] if HAS_MINIMUM else value) * a.scale
+
+
+def _embed_coded(a, first, end):
+    """out[t] = scale * row ids[t] of a table of a coded type, stored as blocks."""
+    ids = i32_at(a.ids, n_rows(a))
+    for t in range(first, end):
+        out = f32_at(a.out + t * a.out_stride, a.n)
+        row = carray(pointer(a.table + ids[t] * a.row_bytes), a.row_bytes, np.uint8)
+        decode(row, TYPE_SIZE, f32_at(a.grid, N_CODES), out)
+        for i in range(a.n):
+            out[i] *= a.scale
 
 
 @functools.cache
@@ -65,8 +78,11 @@ def _embed_floats(kind: int) -> TapeOp:
 
 @functools.cache
 def embed(type_name: str) -> TapeOp:
-    """Return the op out[t] = scale * row ids[t] of a table of one type: block-quantized, F32, F16 or BF16."""
+    """Return the op out[t] = scale * row ids[t] of a table of one type: of blocks, F32, F16 or BF16."""
     form = INTEGER_FORMS.get(type_name)
+    if coded := CODED_FORMS.get(type_name):
+        function = clone(_embed_coded, type_name, TYPE_SIZE=coded.type.type_size, N_CODES=len(coded.table))
+        return row_op(_FIELDS, "scale", grain=4)(function)
     if form is None:
         return _embed_floats(FLOAT_TABLES.index(type_name))
     function = clone(_embed_blocks, type_name, **form.constants)

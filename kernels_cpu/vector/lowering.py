@@ -14,6 +14,7 @@ from gguf_run.kernels_cpu.vector.isa import current
 from gguf_run.kernels_cpu.vector.simd import DotSum, Lowering, Simd, Val
 
 _I8, _I16, _I32 = (ir.IntType(n) for n in (8, 16, 32))
+_F32 = ir.FloatType()
 
 
 class _ByInstruction(DotSum):
@@ -155,17 +156,39 @@ def _look_up_generic(s: Simd, table: Sequence[int], index: Val) -> Val:
     return found
 
 
+def _floats_512(s: Simd, table: Sequence[float], index: Val) -> Val:
+    numbers = s.constants(_F32, table)
+    return _in_parts(s, 16, lambda i: s.call("llvm.x86.avx512.permvar.sf.512", numbers.type, numbers, i), index)
+
+
+def _floats_generic(s: Simd, table: Sequence[float], index: Val) -> Val:
+    found = s.const(_F32, table[0], index.lanes)
+    for i, value in enumerate(table):
+        found = s.select((index & 15).compare("==", i), s.const(_F32, value, index.lanes), found)
+    return found
+
+
+def _low_bytes_x86(s: Simd, words: Val) -> Val:
+    factors = s.constants(_I8, [-128, 0] * words.lanes)  # -128 is read as 128
+    return _by_parts(s, "llvm.x86.avx2.pmadd.ub.sw", 32, factors, words.as_type(_I8), _I16)
+
+
 _pshufb = _look_up_by("llvm.x86.avx2.pshuf.b", 32)
 
+_plain = functools.partial(Lowering, look_up_floats=_floats_generic, low_bytes=lambda s, words: (words << 8).sar(1))
+_x86 = functools.partial(_plain, low_bytes=_low_bytes_x86)
 # By Isa.dot.
 LOWERINGS = {
-    "vnni512": Lowering(
-        _Vnni512, _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16), _look_up_by("llvm.x86.avx512.pshuf.b.512", 64)
+    "vnni512": _x86(
+        _Vnni512,
+        _pairs_by("llvm.x86.avx512.vpdpwssd.512", 16),
+        _look_up_by("llvm.x86.avx512.pshuf.b.512", 64),
+        look_up_floats=_floats_512,
     ),
-    "vnni256": Lowering(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb),
-    "avx2": Lowering(_Avx2, _pairs_avx2, _pshufb),
-    "neon": Lowering(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
-    "generic": Lowering(_Generic, _pairs_generic, _look_up_generic),
+    "vnni256": _x86(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb),
+    "avx2": _x86(_Avx2, _pairs_avx2, _pshufb),
+    "neon": _plain(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
+    "generic": _plain(_Generic, _pairs_generic, _look_up_generic),
 }
 
 

@@ -133,6 +133,8 @@ class Lowering:
     dot_sum: type[DotSum]
     add_pairs: Callable[["Simd", Val, Val, Val], Val]  # see Simd.add_pairs
     look_up: Callable[["Simd", Sequence[int], Val], Val]  # see Simd.look_up
+    look_up_floats: Callable[["Simd", Sequence[float], Val], Val]  # see Simd.look_up_floats
+    low_bytes: Callable[["Simd", Val], Val]  # see Simd.low_bytes
 
 
 class Simd:
@@ -158,7 +160,7 @@ class Simd:
         number = float(value) if isinstance(element, (ir.FloatType, ir.HalfType)) else int(value)
         return Val(self, ir.Constant(_vector(element, lanes), [number] * lanes if lanes > 1 else number))
 
-    def constants(self, element: Scalar, values: Sequence[int]) -> Val:
+    def constants(self, element: Scalar, values: Sequence[Number]) -> Val:
         return Val(self, ir.Constant(ir.VectorType(element, len(values)), list(values)))
 
     def splat(self, scalar: Val, lanes: int) -> Val:
@@ -325,6 +327,14 @@ class Simd:
     def look_up(self, table: Sequence[int], index: Val) -> Val:
         """table[i] for each byte i of index. The table has 16 bytes, signed or not."""
         return self.lowering.look_up(self, table, index)
+
+    def look_up_floats(self, table: Sequence[float], index: Val) -> Val:
+        """table[i] for the lowest four bits i of each i32 lane of index. The table has 16 numbers, f32."""
+        return self.lowering.look_up_floats(self, table, index)
+
+    def low_bytes(self, words: Val) -> Val:
+        """The low byte of each i16 lane, signed, times 128."""
+        return self.lowering.low_bytes(self, words)
 
     # dot products of integers
     def dot_sum(self, start: Val, bits: int) -> DotSum:

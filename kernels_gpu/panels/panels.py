@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
 from gguf_run.formats.blocks.types import CODEBOOKS
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 
@@ -145,9 +146,13 @@ PANELS: dict[str, Panel] = {
 } | {row[0]: _int_panel(*row) for row in _ROWS}
 
 
+# Types that a panel holds with rounding: INT8's scales to f16, the weights of coded types to f16.
+ROUNDED = {"INT8": "Q8_0"} | dict.fromkeys(CODED_FORMS, "F16")
+
+
 def panel_for(type_name: str) -> Panel:
-    """Return the panel that holds a tensor type exactly: F32 for types without a panel of their own."""
-    return PANELS.get(type_name, PANELS["F32"])
+    """Return the panel of a tensor type, see ROUNDED. Types without a panel of their own are F32, exactly."""
+    return PANELS.get(ROUNDED.get(type_name, type_name), PANELS["F32"])
 
 
 def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import TensorType
+from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.kernels_gpu.panels.memory import WeightPart, empty
-from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel, panel_for
+from gguf_run.kernels_gpu.panels.panels import PANELS, ROUNDED, FloatPanel, IntPanel, panel_for
 
 _PIECE = 16 << 20  # bytes of the file at a time; repacking needs several times as much memory
 
@@ -117,6 +117,14 @@ def _planes(blocks: Array, type: TensorType, panel: IntPanel) -> list[Array]:
     return [*planes, scales, _field(blocks, type, "d", panel.d_bytes)]
 
 
+def _as_q8_0(blocks: NDArray[np.uint8], type: TensorType) -> NDArray[np.uint8]:
+    """Return blocks of INT8 as Q8_0: the same codes, their scales rounded to f16."""
+    stored = blocks.view(type.dtype)
+    out = np.empty(stored.shape, type_by_name("Q8_0").dtype)
+    out["d"], out["qs"] = stored["d"], stored["qs"]
+    return out.view(np.uint8)
+
+
 class Uploader:
     """Copies rows of files to a device through two pinned buffers: one is filled while the other one is sent."""
 
@@ -147,7 +155,7 @@ class Uploader:
     def repack(self, tensors: Sequence[Tensor]) -> WeightPart:
         """Return the rows of all tensors, which have one type, as one part. Release the file's pages."""
         type, n_in = tensors[0].type, tensors[0].ne[0]
-        panel = panel_for(type.name)
+        panel, held = panel_for(type.name), type_by_name(ROUNDED.get(type.name, type.name))
         n_out = sum(tensor.n_rows for tensor in tensors)
         part = empty(panel, n_in, n_out, self.device)
         row = 0
@@ -156,18 +164,21 @@ class Uploader:
             for first in range(0, tensor.n_rows, step):
                 end = min(first + step, tensor.n_rows)
                 blocks = tensor.blocks(first, end)
-                if type.name not in PANELS:
+                if type.name == "INT8":
+                    blocks = _as_q8_0(blocks, type)
+                elif type.name not in PANELS:
                     values = dequantize(blocks, type)
                     if tensor.scales:
                         matrix = np.arange(first, end) * len(tensor.scales) // tensor.n_rows
                         values *= np.array(tensor.scales, np.float32)[matrix, None]
-                    blocks = values.view(np.uint8)
+                    rounded = values.astype(np.float16) if panel.scales == "F16" else values
+                    blocks = rounded.view(np.uint8)
                 rows = slice(row + first, row + end)
                 sent = self.send(blocks)
                 if isinstance(panel, FloatPanel):
                     part.qs[rows, : sent.shape[1]] = sent
                 else:
-                    planes = _planes(sent.unflatten(1, (-1, type.type_size)), type, panel)
+                    planes = _planes(sent.unflatten(1, (-1, held.type_size)), held, panel)
                     for to, plane in zip(part.planes, planes, strict=True):
                         to[rows] = plane.reshape(end - first, -1)
                 tensor.release(first, end)

@@ -62,6 +62,7 @@ def names(module: str, table: str) -> Complete:
 
 
 file_types = names("runtime.quantize.file_types", "WRITABLE_FILES")
+loadable_types = names("runtime.quantize.file_types", "LOADABLE")
 cache_types = names("kernels_cpu.attention.cache_types", "CACHE_FORMATS")
 chat_templates = names("runtime.chat.named", "TEMPLATES")
 

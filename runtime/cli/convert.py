@@ -72,7 +72,7 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
     chosen = None if kind.lower() == "auto" else file_type(kind)
     from gguf_run.formats.gguf.imatrix import Imatrix
     from gguf_run.runtime.convert.card import file_name
-    from gguf_run.runtime.convert.open_checkpoint import auto_type, kept_note, open_checkpoint
+    from gguf_run.runtime.convert.open_checkpoint import auto_type, kept_note, lost_notes, open_checkpoint
     from gguf_run.runtime.convert.quantized.methods import KEPT
     from gguf_run.runtime.convert.stored.checkpoint import has_weights
     from gguf_run.runtime.quantize.plan import Options, check_plan, make_plan
@@ -94,7 +94,8 @@ def _convert(model: str, output: Path | None, kind: str, max_size: int, given: M
     with opened as file:
         chosen = chosen or auto_type(file)
         plan = make_plan(file, Options(chosen, imatrix=importance, imatrix_path=str(imatrix or "")))
-        for note in [*plan.notes, *kept_note(file, plan)]:
+        lost = lost_notes(folder, plan) if not (is_adapter or vocab_only) else ()
+        for note in [*plan.notes, *kept_note(file, plan), *lost]:
             message(f"note: {note}")
         names = {row.id: row.name for row in FILE_TYPES.values()}
         default = file_name(file.metadata, "vocab" if vocab_only else names.get(chosen.id, "auto"))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import click
@@ -56,7 +57,8 @@ Answer = tuple[Mapping[str, Any], Iterator[str]]  # facts for --json, and the sa
 def main(models: Sequence[str], as_json: bool, fit: bool, **given: Any) -> None:
     """Show what is in a GGUF file: metadata, sizes per tensor type, parameters, and the memory it will need.
 
-    MODEL is a GGUF file (of a split model the first) or hf:owner/repo[:Q4_K_M]. A long array is cut.
+    MODEL is a GGUF file (of a split model the first), hf:owner/repo[:Q4_K_M], or the folder of a Hugging Face
+    checkpoint: what it is while it runs. A long array is cut.
 
     --set and --remove change metadata, in a copy (-o) or in place. The value of a known key keeps its type. The type of
     a new key follows from the value, or is given: KEY:TYPE=VALUE with a type such as u32, f32, string, array[i32].
@@ -93,13 +95,15 @@ def _fit(models: Sequence[str]) -> Answer:
 def _one(model: str, given: Mapping[str, Any]) -> Answer:
     """Return what is in a file, what differs in another file, or what was changed."""
     is_edit, pattern, (options, gpus) = _is_edit(given), _pattern(given["match"]), _loading(given)
-    with GGUFFile.open(find_model(model)) as file:
+    with _opened(model) as file:
         if is_edit:
+            if Path(model).is_dir():
+                raise OptionError(f"{model}: is a folder, only metadata of a file can be changed: see gguf-convert")
             with Progress("writing") as progress:
                 changes = edit(file, given["assignments"], given["remove"], given["output"], progress.set)
             return {"metadata": changes}, change_lines(changes)
         if given["diff"]:
-            with GGUFFile.open(find_model(given["diff"])) as other, Progress("comparing") as progress:
+            with _opened(given["diff"]) as other, Progress("comparing") as progress:
                 facts = compare(file, other, pattern, progress.set)
             return facts, diff_lines(facts)
         if given["ops"]:
@@ -114,6 +118,15 @@ def _one(model: str, given: Mapping[str, Any]) -> Answer:
                 facts["tensors"] = listed_tensors(shown, given["stats"], progress.set)
         with_caches = options.n_ctx or options.cache_type or options.cache_rotation or options.cache_scales
         return facts, file_lines(facts, bool(with_caches))
+
+
+def _opened(model: str) -> GGUFFile:
+    """Return a file, or the folder of a checkpoint as it runs."""
+    if not Path(model).is_dir():
+        return GGUFFile.open(find_model(model))
+    from gguf_run.runtime.load.open_model import open_model  # late: the converter is large
+
+    return open_model(Path(model))
 
 
 def _is_edit(given: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gguf_run.formats.errors import OptionError
-from gguf_run.runtime.load.options import LoadOptions
+from gguf_run.runtime.load.options import ACTIVATIONS, LoadOptions
 from gguf_run.runtime.sampling.params import DEFAULT_CHAIN, SamplingParams
 from gguf_run.runtime.terminal.text import message
 
@@ -105,7 +105,15 @@ DEVICE_OPTIONS = [
     ),
     *PLACEMENT_OPTIONS,
 ]
-RUNTIME_OPTIONS = [*DEVICE_OPTIONS, *CACHE_OPTIONS, LORA]  # all that may differ between two runs of one model
+ACTIVATIONS_OPTION = option(
+    "--activations",
+    "What weights are multiplied with: float as it is, dynamic or static rounded as by vLLM. All but auto: CPU only.",
+    type=click.Choice(ACTIVATIONS),
+    default="auto",
+    show_default=True,
+)
+# All that may differ between two runs of one model.
+RUNTIME_OPTIONS = [*DEVICE_OPTIONS, *CACHE_OPTIONS, LORA, ACTIVATIONS_OPTION]
 # (flags, field of SamplingParams, help). The field's default gives the option's default and type.
 _SAMPLING = (
     ("--temp --temperature", "temperature", "0 always takes the most likely token."),

@@ -17,6 +17,7 @@ from gguf_run.formats.frozen import frozen
 from gguf_run.runtime.cli.common import tool
 from gguf_run.runtime.cli.conversation import answer_facts, context_used, conversation, show
 from gguf_run.runtime.cli.options import (
+    ACTIVATIONS_OPTION,
     BATCH_OPTIONS,
     CACHE_OPTIONS,
     CHAT_TEMPLATE,
@@ -80,10 +81,11 @@ _PARAMS = [
     *DEVICE_OPTIONS,
     option(
         "--quantize",
-        "Quantize the weights while loading, for example to Q4_K_M.",
+        "Quantize the weights while loading: Q4_K_M, ..., or FP8, INT8, NF4, which no file holds.",
         metavar="TYPE",
-        shell_complete=offer("file_types"),
+        shell_complete=offer("loadable_types"),
     ),
+    ACTIVATIONS_OPTION,
     option("--context-shift", "When the context is full, drop half of it and go on.", is_flag=True),
     option("--keep n_keep", "Tokens at the beginning that --context-shift keeps.", type=int, default=0),
     option(

@@ -5,7 +5,7 @@ The result can be used like any GGUF file: quantize/ writes it in any type in on
 
 import dataclasses
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterator
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.convert.card import general_metadata
 from gguf_run.runtime.convert.metadata import hyperparameters, layout_of
 from gguf_run.runtime.convert.pooling import dense_tensors, pooling_keys
-from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
+from gguf_run.runtime.convert.quantized.methods import KEPT, RUN, plain_tensors
 from gguf_run.runtime.convert.rope import rope_tensors
 from gguf_run.runtime.convert.shared import IGNORED, MOST_DRAFTS, N_DRAFT, OTHER_PARTS
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
@@ -34,6 +34,8 @@ from gguf_run.runtime.convert.vocabulary.metadata import tokenizer_metadata
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, KEEP, FileType
 from gguf_run.runtime.quantize.item import Item
 from gguf_run.runtime.quantize.plan import Plan
+
+_N_MEASURED = 16  # rows of a matrix
 
 
 def open_checkpoint(
@@ -132,6 +134,21 @@ def kept_note(file: GGUFFile, plan: Plan) -> Iterator[str]:
     others = Counter(item.target.type.name for item in items) - kept
     first, second = (", ".join(f"{n} {name}" for name, n in c.most_common()) or "none" for c in (kept, others))
     yield f"matrices kept without requantizing: {first}; others: {second}"
+
+
+def lost_notes(folder: Path, plan: Plan) -> Iterator[str]:
+    """Yield what matrices lose that GGUF has no type for, measured on some rows of each."""
+    lost: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    exact = open_checkpoint(folder, keep=RUN).tensors
+    for item in plan.items:
+        source = exact.get(item.target.name)
+        if source is not None and source.type.id is None:
+            new = _quantized(item)
+            x, y = (dequantize(t.blocks(0, min(t.n_rows, _N_MEASURED)), t.type) for t in (source, new))
+            lost[f"{source.type.name} to {new.type.name}"].append((float(np.sum((x - y) ** 2)), float(np.sum(x**2))))
+    for names, sums in lost.items():
+        error, size = np.sum(sums, axis=0)
+        yield f"{len(sums)} matrices change from {names}: error {100 * np.sqrt(error / max(size, 1e-38)):.2g} %"
 
 
 def matrices(file: GGUFFile) -> list[Tensor]:

@@ -34,7 +34,8 @@ _FLOAT = (
     "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "conv", "ssm_a", "ssm_d", "position_embd", "token_types",
 )  # fmt: skip
 _TRUE_IF_MISSING = ("use_bias", "qkv_bias", "bias", "")  # flags of biases
-_KINDS = ("weight", "bias", "scale")  # scale: one number that all weights are multiplied by (NVFP4)
+# scale: one number that all weights are multiplied by (NVFP4). input_scale: that of activations rounded to FP8 or int8
+_KINDS = ("weight", "bias", "scale", "input_scale")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _parts(
     layout: CheckpointLayout, numbers: Mapping[str, int], place: _Place, tensor: Tensor
 ) -> Iterator[Tensor] | tuple[Tensor, ...]:
     """Return the tensor itself, or what it is split into, with rows in GGUF's order."""
-    if place.kind == "scale" or place.names[0] in layout.whole:
+    if place.kind.endswith("scale") or place.names[0] in layout.whole:
         return (tensor,) * len(place.names)
     if place.bare and place.kind == "weight" and place.names[0] in layout.bare and len(tensor.ne) == 3:
         n_in, n_out, _ = tensor.ne

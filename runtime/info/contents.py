@@ -52,7 +52,9 @@ def file_facts(file: GGUFFile) -> dict[str, Any]:
 
 
 def _sums(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    n_elements, nbytes = sum(t.n_elements for t in tensors), sum(t.nbytes for t in tensors)
+    n_elements, nbytes = sum(t.n_elements for t in tensors), 0
+    for t in tensors:  # types that GGUF does not have: the bytes in memory
+        nbytes += matrix_bytes(t.type.name, t.ne[0], t.n_rows) if t.type.id is None else t.nbytes
     bits = round(8 * nbytes / n_elements, 3) if n_elements else None
     return {"n_tensors": len(tensors), "n_parameters": n_elements, "nbytes": nbytes, "bits_per_weight": bits}
 

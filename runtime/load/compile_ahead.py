@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
+def helper(path: Path, options: LoadOptions, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
     """Return a context in which the second process runs. Without a cache on disk, or for one thread, there is none."""
     if n_threads == 1 or not sys.executable or kernel_cache_dir() is None:
         yield
         return
-    arguments = [os.fspath(path), quantize or "", json.dumps([*map(astuple, cache)])]
+    arguments = [os.fspath(path), options.quantize or "", options.activations, json.dumps([*map(astuple, cache)])]
     command, quiet = [sys.executable, "-P", "-m", __name__, *arguments], subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
     try:
@@ -60,7 +60,7 @@ def missing_kernels(path: Path, options: LoadOptions) -> list[Path]:
                 kernel = njit(op.function, **op.options)
                 files[(folder or Path()) / kernel.file_name((op.fields, "i8", "i8", "i8"))] = None
 
-    with open_model(path, options.quantize) as file:
+    with open_model(path, options.quantize, options.activations) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors)
         cache = plan_cache(config, options.cache_type, options.cache_rotation, options.cache_scales)
         _make_step(Lister(), file, config, cache)
@@ -68,11 +68,12 @@ def missing_kernels(path: Path, options: LoadOptions) -> list[Path]:
 
 
 def main() -> None:
-    """What the second process does. Arguments: path, type to quantize to, types of each layer's KV cache."""
+    """What the second process does. Arguments: path, type to quantize to, activations, each layer's types of cache."""
     from gguf_run.kernels_cpu.compiler import KernelCompiler
 
-    path, quantize, cache = sys.argv[1], sys.argv[2], [CacheType(*fields) for fields in json.loads(sys.argv[3])]
-    with open_model(Path(path), quantize or None) as file:
+    path, quantize, activations, kinds = sys.argv[1:5]
+    cache = [CacheType(*fields) for fields in json.loads(kinds)]
+    with open_model(Path(path), quantize or None, activations) as file:
         _make_step(KernelCompiler(), file, ModelConfig.from_metadata(file.metadata, file.tensors), cache)
 
 

@@ -70,7 +70,7 @@ def load_model(
     start = time.perf_counter()
     found = path if isinstance(path, GGUFFile) else _find(None if path is None else os.fspath(path))
     download_s = time.perf_counter() - start
-    file = found if isinstance(found, GGUFFile) else open_model(found, options.quantize)
+    file = found if isinstance(found, GGUFFile) else open_model(found, options.quantize, options.activations)
     try:
         return replace(_load(file, options, progress, report), download_s=download_s)
     except GgufRunError as error:
@@ -104,7 +104,7 @@ def _load(
         warnings.warn(warning, stacklevel=4)
     n_threads, tune = tuned([(t.type.name, t.nbytes) for t in plan.tensors], options.n_threads)
     computes = CPU in (*placement.layers, *placement.experts)
-    compiling = _helper(file.path, options.quantize, plan.cache, n_threads) if computes else nullcontext()
+    compiling = _helper(file.path, options, plan.cache, n_threads) if computes else nullcontext()
     with ThreadPoolExecutor(1) as pool, compiling, _gpu_errors(gpus):
         text = pool.submit(_load_text, file)  # beside the weights, which are repacked without the GIL
         from gguf_run.kernels_cpu.backend import CpuBackend
@@ -264,14 +264,14 @@ def _described(name: str, *values: Any) -> Any:
 
 
 @contextmanager
-def _helper(path: Path, quantize: str | None, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
+def _helper(path: Path, options: LoadOptions, cache: Sequence[CacheType], n_threads: int) -> Iterator[None]:
     """Return a context in which a second process helps from the first kernel on that must be compiled."""
     with ExitStack() as stack:
 
         def start() -> None:
             from gguf_run.runtime.load import compile_ahead  # late: most starts compile nothing
 
-            stack.enter_context(compile_ahead.helper(path, quantize, cache, n_threads))
+            stack.enter_context(compile_ahead.helper(path, options, cache, n_threads))
 
         with compile_notice(start):
             yield

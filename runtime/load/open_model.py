@@ -5,7 +5,16 @@ from pathlib import Path
 from gguf_run.formats.gguf.reader import GGUFFile
 
 
-def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
+def open_model(path: Path, quantize: str | None = None, activations: str = "auto") -> GGUFFile:
+    """As LoadOptions of the same names say: see _open, and with_activations."""
+    if activations == "auto":
+        return _open(path, quantize)
+    from gguf_run.runtime.convert.activations import with_activations
+
+    return with_activations(_open(path, quantize), activations)
+
+
+def _open(path: Path, quantize: str | None) -> GGUFFile:
     """Return the file at `path`, or the checkpoint in the folder `path` as a file. Nothing is written.
 
     quantize: a file type such as "Q4_K_M", to which weights are quantized when they are read. Errors are those of
@@ -24,16 +33,16 @@ def open_model(path: Path, quantize: str | None = None) -> GGUFFile:
         if quantize is None:
             return file
     from gguf_run.runtime.convert.open_checkpoint import auto_type, in_memory, matrices, open_checkpoint
-    from gguf_run.runtime.convert.quantized.methods import KEPT
+    from gguf_run.runtime.convert.quantized.methods import RUN
     from gguf_run.runtime.quantize.file_types import file_type
     from gguf_run.runtime.quantize.plan import Options, check_plan, make_plan
 
-    kind = file_type(quantize) if quantize else None
-    keep = {kind.default} if kind else KEPT
+    kind = file_type(quantize, in_memory=True) if quantize else None
+    keep = {kind.default} if kind else RUN
     file = file or open_checkpoint(path, keep=keep)
     if kind is None and all(tensor.type.name == "F32" for tensor in matrices(file)):
         return file
-    # F32 matrices beside others were dequantized, as FP8 must be: the plan gives them the type of the others.
+    # F32 matrices beside others were dequantized, as unusual grids are: the plan gives them the type of the others.
     plan = make_plan(file, Options(kind or auto_type(file)))
     check_plan(plan, allow_requantize=is_checkpoint)
     return in_memory(file, plan)

@@ -58,6 +58,9 @@ def cpu_only(n_layer: int) -> Placement:
     return Placement(CPU, (CPU,) * n_layer)
 
 
+ACTIVATIONS = ("auto", "float", "dynamic", "static")
+
+
 @frozen
 class Wanted:
     """The options that say what runs where, checked."""
@@ -103,6 +106,7 @@ class LoadOptions:
     speculate: bool = False  # guess tokens from the text before them: faster where an answer repeats what is there
     draft_model: str | os.PathLike[str] | None = None  # a small model of the same vocabulary, which guesses tokens
     quantize: str | None = None  # a file type such as "Q4_K_M", to which weights are quantized while they are read
+    activations: str = "auto"  # what products take: one of ACTIVATIONS, see convert/activations.py
     embed: bool = False  # for Model.embed and rank, not for text; encoders and rerankers are loaded so in any case
     observe: bool = False  # the decoder can collect the squares of what its matrices read, for an importance matrix
 
@@ -114,6 +118,10 @@ class LoadOptions:
             _check_range("cache_ram", self.cache_ram, MAX_N_CTX)
         if self.deterministic and not self.wanted.cpu_only:
             raise OptionError('deterministic runs on the CPU only: give device="cpu" (--device cpu)')
+        if self.activations not in ACTIVATIONS:
+            raise OptionError(f"--activations {self.activations}: allowed are {', '.join(ACTIVATIONS)}")
+        if self.activations != "auto" and not self.wanted.cpu_only:
+            raise OptionError(f"--activations {self.activations} runs on the CPU only: give --device cpu")
         if self.n_threads is not None:
             from gguf_run.kernels_cpu.replay.team import MAX_THREADS
 

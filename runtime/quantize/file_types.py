@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gguf_run.formats.blocks.types import TensorType, type_by_name
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TensorType, type_by_name
 from gguf_run.formats.errors import OptionError, did_you_mean
 from gguf_run.formats.gguf.reader import GGUFFile
 
@@ -52,18 +52,27 @@ FILE_TYPES: Mapping[str, FileType] = {row[1]: FileType(*row) for row in (
 )}
 # fmt: on
 WRITABLE_FILES = tuple(kind.name for kind in FILE_TYPES.values() if kind.is_writable)
+# What weights can be quantized to while they are loaded, and GGUF has no type for, or a mixture under the same name.
+IN_MEMORY: Mapping[str, FileType] = {
+    name: FileType(None, name, default)
+    for name, default in (("FP8", "FP8_E4M3"), ("INT8", "INT8"), ("NF4", "NF4"), ("MXFP4", "MXFP4"))
+}
+LOADABLE = (*IN_MEMORY, *WRITABLE_FILES)
 # Every matrix keeps its type, except that F32 becomes F16. The name is not for users: gguf-convert chooses this kind.
 KEEP = FileType(None, "KEEP", "F16")
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 _BY_ID: Mapping[int, FileType] = {kind.id: kind for kind in FILE_TYPES.values() if kind.id is not None}
 
 
-def file_type(text: str) -> FileType:
-    """Return the writable file type of that name, alias or number. OptionError lists what is allowed."""
+def file_type(text: str, in_memory: bool = False) -> FileType:
+    """Return the writable file type of that name, alias or number, or one of IN_MEMORY. OptionError lists the names."""
+    if in_memory and text.upper() in IN_MEMORY:
+        return IN_MEMORY[text.upper()]
     name = ALIASES.get(text.upper(), text.upper())
     kind = _BY_ID.get(int(name)) if len(name) < 20 and name.isdecimal() else FILE_TYPES.get(name)
     if kind is None or not kind.is_writable:
-        allowed = f"{did_you_mean(text, WRITABLE_FILES)}allowed are {', '.join(WRITABLE_FILES)}"
+        names = LOADABLE if in_memory else WRITABLE_FILES
+        allowed = f"{did_you_mean(text, names)}allowed are {', '.join(names)}"
         raise OptionError(f'TYPE is "{text}": {allowed}, or the number of a file type')
     return kind
 
@@ -93,7 +102,9 @@ def model_type(file: GGUFFile) -> str:
     weights: Counter[str] = Counter()
     for tensor in file.tensors.values():
         weights[tensor.type.name] += tensor.n_elements
-    quantization = (kind.label or kind.name) if kind else max(weights, key=weights.__getitem__, default="no weights")
+    most = max(weights, key=weights.__getitem__, default="no weights")
+    is_ours = any(most == row.name for row in CHECKPOINT_TYPES)
+    quantization = (kind.label or kind.name) if kind and not is_ours else most
     return f"{file.metadata.get('general.architecture')} {size} {quantization}"
 
 

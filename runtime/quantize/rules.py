@@ -245,7 +245,7 @@ class _Mixture:
         """Return the type of the matrix that makes the logits."""
         if self._overrides.output_type:
             return self._overrides.output_type.name
-        is_q8 = self._kind.name in ("MXFP4_MOE", "Q8_0") or weight.ne[0] % self._default.block_size
+        is_q8 = self._kind.name in ("MXFP4_MOE", "Q8_0", "FP8", "INT8") or weight.ne[0] % self._default.block_size
         return "Q8_0" if is_q8 else "Q6_K"
 
     def _of_layer(self, weight: TensorInfo, category: str) -> str:

@@ -13,13 +13,24 @@ import numpy as np
 from numpy_backend import NumpyBackend, NumpyWeight
 from paged import mixed_table
 
+from gguf_run.formats.blocks.coded import CODED_FORMS, CODES_OF_4_BITS
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import TensorType, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.panels.memory import WeightPart
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import (
+    BLOCK,
+    FLOAT8_FACTOR,
+    ROWS,
+    X_BLOCK_BYTES,
+    X_D,
+    X_D_SUMS,
+    X_SUMS,
+    CodedPanel,
+    IntPanel,
+)
 from gguf_run.kernels_cpu.panels.planes import bit_places, is_paired
 from gguf_run.kernels_cpu.vector.simd import I16
 from gguf_run.models.backend import CacheType, Run
@@ -27,7 +38,7 @@ from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Embed, Outputs
 
 # Types whose weights are multiplied with int8 activations; all others read the activations as they are.
-QUANTIZED = tuple(INTEGER_FORMS)
+QUANTIZED = (*INTEGER_FORMS, *CODES_OF_4_BITS)
 
 
 @functools.cache
@@ -45,6 +56,7 @@ class MemoryTensor:
     ne: tuple[int, ...]
     data: np.ndarray  # uint8[n_rows, row_bytes]
     scales: tuple[float, ...] = ()
+    rounding: tuple[str, int, float] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -93,6 +105,14 @@ def random_tensor(type_name: str, n_rows: int, n_in: int, seed: int = 0) -> Memo
             part = numbers[name]
             if part.dtype.kind == "f":  # of both signs, and nowhere near 0
                 part[...] = rng.choice([-1, 1], part.shape) * rng.uniform(0.01, 0.1, part.shape)
+        if type_name in CODED_FORMS and type_name.startswith("FP8"):  # no NaN, nothing infinite
+            numbers["qs"] = numbers["qs"] & 0x80 | (numbers["qs"] & 0x7F) % 0x7C
+        if type_name == "INT8" or type_name in CODED_FORMS:
+            numbers["d"] = np.abs(numbers["d"])
+            if type_name.endswith("_128"):
+                numbers["d"] = numbers["d"][np.arange(n_rows) // ROWS * ROWS]
+            elif type.block_size == 32:
+                numbers["d"] = numbers["d"][:, :1]
         if type_name == "MXFP4":
             numbers["e"] = rng.integers(120, 128, shape)
         if type_name == "NVFP4":
@@ -105,8 +125,18 @@ def random_tensor(type_name: str, n_rows: int, n_in: int, seed: int = 0) -> Memo
 
 
 def weights_of(tensors: Sequence[MemoryTensor]) -> np.ndarray:
-    """float64[n_out, n_in]."""
-    return np.concatenate([dequantize(t.blocks(), t.type).astype(np.float64) for t in tensors])
+    """Return what is multiplied, float64[n_out, n_in]: of NF4 and FP4 the values of codes are rounded to 16 bits."""
+    parts = []
+    for t in tensors:
+        blocks, d = t.blocks(), np.ones(1)
+        if t.type.name in CODES_OF_4_BITS:
+            fields = blocks.copy().view(t.type.dtype)
+            d = fields["d"].repeat(t.type.block_size, 1).astype(np.float64)
+            fields["d"] = 1
+            blocks = fields.view(np.uint8)
+        values = dequantize(blocks, t.type).astype(np.float64)
+        parts.append(values if d.size == 1 else np.round(values * 32767) / 32767 * d)
+    return np.concatenate(parts)
 
 
 class Step:
@@ -209,13 +239,17 @@ def read_q8(blocks: np.ndarray) -> dict[str, np.ndarray]:
 def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
     """Return the numbers in a panel (kernels_cpu/panels/panels.py): float32[rows filled up to 16s, n_in]."""
     panel, n_group = part.panel, -(-part.n_out // ROWS)
+    if isinstance(panel, CodedPanel):
+        return _coded_twin(panel, part.data.reshape(n_group, -1), n_in)
     if not isinstance(panel, IntPanel):
         words = part.data.view(f"u{panel.element_bytes}").reshape(n_group, n_in, ROWS).swapaxes(1, 2)
         words = np.ascontiguousarray(words).reshape(-1, n_in)
         if panel.element == I16:
             return (words.astype(np.uint32) << 16).view(np.float32)
         return words.view(f"f{panel.element_bytes}").astype(np.float32)
-    spans = part.data.reshape(n_group, n_in // panel.span, panel.span_bytes)
+    stored = part.data.reshape(n_group, -1)
+    row_scales = _bytes(stored, 0, panel.rows_at).view(np.float32)
+    spans = stored[:, panel.rows_at :].reshape(n_group, n_in // panel.span, panel.span_bytes)
     factors = _bytes(spans, 0, 2 * ROWS * panel.n_factors).view("f2").astype(np.float32)
     factors = factors.reshape(*spans.shape[:2], panel.n_factors, ROWS)
     heads = _bytes(spans, 2 * ROWS * panel.n_factors, panel.quants_at)
@@ -233,13 +267,32 @@ def unpack_panel(part: WeightPart, n_in: int) -> np.ndarray:
         for plane, at, bit, mask in bit_places(panel, i):
             u[:, :, i] |= (planes[:, :, plane].astype(np.int16) >> at & mask) << bit
     if panel.codebook:
-        u = np.array(panel.codebook)[u] + panel.offset
+        fine = np.array(panel.fine)[u] / 256 if panel.fine else 0
+        u = np.array(panel.codebook)[u] + panel.offset + fine
     assert u.max() < 1 << panel.dot_bits
     # [group, block, columns / 4, row, 4] -> [group, row, scale's group, column]
     q = u.transpose(0, 3, 1, 2, 4).reshape(n_group, ROWS, -1, panel.group).astype(np.float32) - np.float32(panel.offset)
     scale, minimum = (a.reshape(n_group, -1, ROWS).transpose(0, 2, 1)[..., None] for a in (scale, minimum))
-    values = scale * q
+    values = scale * q if scale.size else q
+    if panel.rows_at:
+        values = values * row_scales[:, :, None, None]
     return (values + minimum if panel.has_minimum else values).reshape(-1, n_in)
+
+
+def _coded_twin(panel: CodedPanel, data: np.ndarray, n_in: int) -> np.ndarray:
+    """As unpack_panel. data: uint8[n_group, group_bytes]."""
+    n_scales = panel.n_scales(n_in)
+    scales = _bytes(data, 0, 4 * n_scales).view(np.float32).reshape(len(data), -1, 1 if panel.shared else ROWS)
+    codes = data[:, -(n_in * ROWS // (2 if panel.table else 1)) :].reshape(len(data), -1, ROWS)
+    if panel.table:
+        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(data), n_in, ROWS)
+        values = np.array(panel.table, np.float32)[codes]
+    else:
+        codes = codes.reshape(len(data), -1, ROWS, 2).swapaxes(2, 3).reshape(codes.shape)
+        values = CODED_FORMS[panel.name if "INT8" in panel.name else f"FP8_{panel.name}"].table[codes]
+        scales = scales / np.float32(FLOAT8_FACTOR.get(panel.name, 1))
+    values = values * scales.repeat(n_in // scales.shape[1], axis=1)
+    return values.swapaxes(1, 2).reshape(-1, n_in)
 
 
 def _bytes(spans: np.ndarray, first: int, end: int) -> np.ndarray:
@@ -249,6 +302,10 @@ def _bytes(spans: np.ndarray, first: int, end: int) -> np.ndarray:
 def _head_twin(panel: IntPanel, heads: np.ndarray) -> np.ndarray:
     """float32[..., numbers of a step, ROWS] from uint8[..., head_bytes] (layout: kernels_cpu/panels/panels.py)."""
     name = panel.scales.name
+    if name == "f32 64":
+        return heads.view("f4").reshape(*heads.shape[:-1], 1, ROWS).repeat(2, -2) * np.float32(256)
+    if name == "row":
+        return np.zeros((*heads.shape[:-1], 0, ROWS), np.float32)
     if name in ("f16", "f32"):
         return heads.view({"f16": "f2", "f32": "f4"}[name]).astype(np.float32).reshape(*heads.shape[:-1], -1, ROWS)
     fields = heads.reshape(*heads.shape[:-1], -1, ROWS).astype(np.int32)

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.runtime.convert.quantized.methods import plain_tensors
+from gguf_run.runtime.convert.quantized.methods import KEPT, plain_tensors
 from gguf_run.runtime.convert.stored.checkpoint import Checkpoint
 
 
-def decode(folder):
-    return plain_tensors(Checkpoint.open(folder))
+def decode(folder, keep=KEPT):
+    return plain_tensors(Checkpoint.open(folder), keep)
 
 
 def values(tensor):

@@ -11,11 +11,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
+from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.runtime.convert.quantized.parts import Parts, wrong
-from gguf_run.runtime.convert.quantized.scaled import int8_weight
+from gguf_run.runtime.convert.quantized.scaled import check_scales, int8_weight
 from gguf_run.runtime.convert.stored.sources import F32, Source
 
 
@@ -31,8 +33,9 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
     """
     weight = parts.need("")
     table = parts.need(".quant_map", "F32", shape=(16,)).array()
-    kinds = [f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
-    text = parts.need(next((kind for kind in kinds if parts.base + kind in parts.stored), kinds[0]), "U8")
+    ends = {f".quant_state.bitsandbytes__{name.lower()}": type_by_name(name) for name in ("NF4", "FP4")}
+    end, kind = next((pair for pair in ends.items() if parts.base + pair[0] in parts.stored), next(iter(ends.items())))
+    text = parts.need(end, "U8")
     try:
         state = json.loads(text.array().tobytes())
         shape, size = tuple(int(n) for n in state["shape"]), int(state["blocksize"])
@@ -51,7 +54,18 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
 
     def scale(blocks: NDArray[np.int64]) -> NDArray[np.float32]:
         found = absmax.array()[blocks]
-        return found if nested is None else nested[0][found] * nested[1][blocks // nested_size] + offset
+        if nested is not None:  # rounding may make the smallest ones negative
+            found = nested[0][found] * nested[1][blocks // nested_size] + offset
+        check_scales(absmax, found if nested is None else np.abs(found))
+        return found
+
+    def blocks(first: int, end: int) -> NDArray[np.uint8]:
+        start, stop = first * shape[1], end * shape[1]
+        out = np.empty((end - first, shape[1] // kind.block_size), kind.dtype)
+        at = np.arange(start, stop, kind.block_size) // size
+        out["d"] = scale(at).reshape(out.shape)
+        out["qs"] = weight.data[start // 2 : stop // 2].reshape(out["qs"].shape)
+        return out.view(np.uint8)
 
     @np.errstate(all="ignore")
     def read(first: int, end: int) -> NDArray[np.float32]:
@@ -61,6 +75,10 @@ def bnb_4bit(parts: Parts) -> list[Tensor]:
         low, at = start // size, np.arange(start, stop) // size
         return table[codes] * scale(np.arange(low, at[-1] + 1))[at - low]
 
+    if kind.name in parts.keep and np.array_equal(table, CODED_FORMS[kind.name].table) and not (
+        shape[1] % kind.block_size or size % kind.block_size
+    ):  # fmt: skip
+        return [Source(parts.base, shape[::-1], kind, weight.file, blocks)]
     return [Source(parts.base, shape[::-1], F32, weight.file, read)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES
 from gguf_run.formats.errors import FormatError, UnsupportedError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
@@ -34,12 +35,14 @@ _METHODS: Mapping[str, Marks] = {
     "mlx": {".scales": mlx},
     "gguf": {},  # what transformers saves after it has dequantized a GGUF file: plain weights
 }
-# The types that can hold codes of quantized checkpoints.
+# The types of GGUF that can hold codes of quantized checkpoints.
 KEPT = frozenset(("Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"))
+_INPUT_SCALE = "input_scale"
+RUN = KEPT | {type.name for type in CHECKPOINT_TYPES} | {_INPUT_SCALE}  # in memory, with the scales of activations
 # Files that name the method where config.json does not: modelopt's, and old ones of AutoGPTQ and AutoAWQ.
 _FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Ends of names of tensors that concern activations and caches, or that repeat a shape.
-_UNUSED = ("input_scale", "output_scale", ".q_scale", ".k_scale", ".v_scale", "activation_scale", "input_global_scale",
+_UNUSED = (_INPUT_SCALE, "output_scale", ".q_scale", ".k_scale", ".v_scale", "activation_scale", "input_global_scale",
            "weight_shape", "workspace", "weight_format")  # fmt: skip
 # Methods that have kinds: the key of the config, and the values that can be read.
 _KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -75,7 +78,10 @@ def plain_tensors(checkpoint: Checkpoint, keep: Container[str] = KEPT) -> Mappin
                     found[tensor.name] = tensor
                 for used in parts.used:
                     left.pop(used, None)
-    found |= {name: floats(tensor) for name, tensor in left.items() if not name.endswith(_UNUSED)}
+    for name, stored in left.items():
+        is_input = _INPUT_SCALE in keep and name.endswith(f".{_INPUT_SCALE}") and ".experts." not in name
+        if is_input or not name.endswith(_UNUSED):
+            found[name] = floats(stored)
     return found
 
 

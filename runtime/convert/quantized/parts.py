@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import float8
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError
 from gguf_run.formats.gguf.mapped import quoted
 from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid
-from gguf_run.runtime.convert.stored.sources import F32, Source, float8
+from gguf_run.runtime.convert.stored.sources import F32, Source
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import float8
 from gguf_run.formats.blocks.grids import codebook
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import UnsupportedError
@@ -19,7 +20,7 @@ from gguf_run.formats.gguf.tensors import Tensor
 from gguf_run.formats.safetensors import StoredArray
 from gguf_run.runtime.convert.quantized.grid import Grid, GridNumbers
 from gguf_run.runtime.convert.quantized.parts import FLOATS, Parts, even_groups, numbers, wrong
-from gguf_run.runtime.convert.stored.sources import F32, Source, computed, float8
+from gguf_run.runtime.convert.stored.sources import F32, Source, computed
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -49,30 +50,59 @@ def scaled(parts: Parts) -> list[Tensor]:
         return [int8_weight(parts, parts.base, weight, scale)]
     if weight.dtype not in _FP8:
         raise wrong(weight, f"I8 U8 {' '.join(_FP8)}", f"has values of type {weight.dtype}")
-    return [fp8_weight(parts.base, weight, scale, parts.config)]
+    return [fp8_weight(parts, parts.base, weight, scale, parts.config)]
 
 
-def fp8_weight(name: str, weight: StoredArray, scale: StoredArray, config: Any) -> Tensor:
-    """Return FP8 codes times their scale as F32. config: may have weight_block_size."""
-    table, expand = float8(weight.dtype), _scale_of(weight, scale, config)
-    codes = weight.array().reshape(-1, weight.shape[-1])
+def fp8_weight(parts: Parts, name: str, weight: StoredArray, scale: StoredArray, config: Any) -> Tensor:
+    """Return FP8 codes and their scales as they are, if a type in parts.keep holds them; else their product as F32.
+
+    config: may have weight_block_size.
+    """
+    table, (expand, n_rows, n_columns) = float8(weight.dtype), _scale_of(weight, scale, config)
+    codes, n_in = weight.array().reshape(-1, weight.shape[-1]), weight.shape[-1]
+    check_scales(scale)
+    in_rows = n_columns >= n_in
+    kind = weight.dtype.replace("F8", "FP8") + ("" if in_rows else "_128")
+    is_kept = kind in parts.keep and (in_rows or not (n_rows % 16 or n_columns % 128))
+    type = type_by_name(kind if is_kept else "F32")
+    least_nan = 0x7F if weight.dtype == "F8_E4M3" else 0x7C
 
     @np.errstate(all="ignore")
     def read(first: int, end: int) -> Floats:
-        return table[codes[first:end]] * expand(first, end)
+        return table[codes[first:end]] * expand(first, end, 1)
 
-    return Source(name, weight.shape[::-1], F32, weight.file, read, weight.release)
+    def blocks(first: int, end: int) -> Bytes:
+        found, factor = codes[first:end], expand(first, end, type.block_size)
+        if (found & 0x7F >= least_nan).any():
+            raise wrong(weight, "numbers", "has codes that are NaN or infinite")
+        out = np.empty((end - first, n_in // type.block_size), type.dtype)
+        out["d"], out["qs"] = factor, found.reshape(*out.shape, type.block_size)
+        return out.view(np.uint8)
+
+    if not is_kept or n_in % type.block_size:
+        return Source(name, weight.shape[::-1], F32, weight.file, read, weight.release)
+    return Source(name, weight.shape[::-1], type, weight.file, blocks, weight.release)
 
 
-def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[[int, int], Floats]:
-    """Return a function of rows first .. end of weight[..., n_out, n_in] that gives the factors of their values.
+def check_scales(scale: StoredArray, values: Floats | None = None) -> None:
+    """Raise FormatError if values (default: the stored ones) are negative, infinite or NaN. Zeros may have scale 0."""
+    values = numbers(scale.array(), scale.dtype) if values is None else values
+    if not ((values >= 0) & (values < np.inf)).all():
+        raise wrong(scale, "positive numbers", f"has scales {values.min()} to {values.max()}")
 
-    The factors have as many rows as asked for, or 1, and n_in columns, or 1. All dimensions but the last are rows.
+
+def _scale_of(
+    weight: StoredArray, scale: StoredArray, config: Any
+) -> tuple[Callable[[int, int, int], Floats], int, int]:
+    """Return how to get the factors of weight[..., n_out, n_in], and the rows and columns that share one.
+
+    The first is a function (first, end, step) that gives those of rows first .. end and every step-th column. They have
+    as many rows as asked for, or 1, and as many columns, or 1. All dimensions but the last are rows.
     """
     *lead, n_out, n_in = weight.shape
     values = scale.array()
     if values.size == 1:
-        return lambda first, end: numbers(values.reshape(1, 1), scale.dtype)
+        return lambda first, end, step: numbers(values.reshape(1, 1), scale.dtype), n_out, n_in
     if values.ndim > len(weight.shape):
         values = values.squeeze()
     if values.shape == tuple(lead):
@@ -85,14 +115,14 @@ def _scale_of(weight: StoredArray, scale: StoredArray, config: Any) -> Callable[
     if values.ndim != len(weight.shape) or values.shape[:-2] != tuple(lead) or 0 in sizes:
         raise wrong(scale, f"blocks of the weight {weight.shape}")
     n_rows = values.shape[-2]
-    flat, columns = values.reshape(-1, values.shape[-1]), np.arange(n_in) // sizes[1]
+    flat = values.reshape(-1, values.shape[-1])
 
-    def expand(first: int, end: int) -> Floats:
+    def expand(first: int, end: int, step: int) -> Floats:
         row = np.arange(first, end)
         part = numbers(flat[row // n_out * n_rows + row % n_out // sizes[0]], scale.dtype)
-        return part if part.shape[1] == 1 else part[:, columns]
+        return part if part.shape[1] == 1 else part[:, np.arange(0, n_in, step) // sizes[1]]
 
-    return expand
+    return expand, sizes[0], sizes[1]
 
 
 def _block(n: int, n_scales: int, wanted: Any) -> int:
@@ -121,6 +151,7 @@ def int8_weight(
     if len(weight.shape) != 2:
         raise wrong(weight, "two dimensions")
     (n_out, n_in), half = weight.shape, 1 << n_bits - 1
+    check_scales(scale)
     n_group = scale.shape[-1] if len(scale.shape) > 1 else 1
     table = scale.array().reshape(-1, n_group)
     if len(table) not in (1, n_out):
@@ -139,6 +170,15 @@ def int8_weight(
     def read(first: int, end: int) -> GridNumbers:
         return GridNumbers(numbers(table[first:end], scale.dtype) / np.float32(unit), zero[first:end] + half)
 
+    int8 = type_by_name("INT8")
+
+    def rows(first: int, end: int) -> Bytes:
+        out = np.empty((end - first, n_in // int8.block_size), int8.dtype)
+        out["d"], out["qs"] = read(first, end).scale, weight.array()[first:end].reshape(*out.shape, int8.block_size)
+        return out.view(np.uint8)
+
+    if n_bits == 8 and n_group == 1 and n_in % int8.block_size == 0 and not zero.any() and int8.name in parts.keep:
+        return Source(name, (n_in, n_out), int8, weight.file, rows, weight.release)
     return parts.weight(name, Grid(n_out, n_bits, even_groups(n_in, n_group, scale), codes, read), weight)
 
 

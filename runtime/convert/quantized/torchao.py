@@ -81,7 +81,8 @@ def _signed(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
 
 
 def _float8(parts: Parts, name: str, attributes: Mapping[str, Any]) -> Tensor:
-    return fp8_weight(name, parts.need("_qdata", "F8_E4M3", "F8_E5M2", ndim=2), parts.need("_scale", *FLOATS), {})
+    qdata = parts.need("_qdata", "F8_E4M3", "F8_E5M2", ndim=2)
+    return fp8_weight(parts, name, qdata, parts.need("_scale", *FLOATS), {})
 
 
 _KINDS: Mapping[str, Callable[[Parts, str, Mapping[str, Any]], Tensor]] = {

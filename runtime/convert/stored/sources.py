@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gguf_run.formats.blocks.coded import float8
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.formats.errors import FormatError, UnsupportedError
@@ -73,17 +74,6 @@ def floats(stored: StoredArray) -> Tensor:
 
     dtype = type_by_name(stored.dtype) if plain else F32
     return Source(stored.name, stored.shape[::-1] or (1,), dtype, stored.file, read, stored.release)
-
-
-def float8(dtype: str) -> NDArray[np.float32]:
-    """Return the value of each of the 256 codes of F8_E4M3 (no infinities; 0x7f and 0xff are NaN) or F8_E5M2."""
-    codes = np.arange(256, dtype=np.uint16)
-    if dtype == "F8_E5M2":
-        return (codes << 8).view(np.float16).astype(np.float32)  # the upper half of an F16
-    exponent, mantissa = (codes >> 3 & 15).astype(np.int32), (codes & 7).astype(np.float32)
-    size = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
-    size[codes & 127 == 127] = np.nan
-    return np.where(codes & 128, -size, size).astype(np.float32)
 
 
 def computed(name: str, array: NDArray[np.float32], path: Path) -> Tensor:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from block_patterns import SPECIAL_F16, assert_same_bits, random_blocks, with_scales
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TENSOR_TYPES, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.errors import FormatError
 
@@ -150,7 +151,8 @@ def test_integer_form(type):
 
 
 def test_every_type_has_a_form():
-    assert [type.name for type in QUANTIZED] == list(INTEGER_FORMS)
+    assert [*(type.name for type in QUANTIZED), "INT8"] == list(INTEGER_FORMS)
+    assert {type.name for type in CHECKPOINT_TYPES} == {"INT8", *CODED_FORMS}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

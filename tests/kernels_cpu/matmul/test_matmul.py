@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cpu_ops import QUANTIZED, MemoryTensor, Step, as_quantized, cpu, error, random_tensor, tensor_of, weights_of
 
+from gguf_run.formats.blocks.coded import CODED_FORMS
 from gguf_run.formats.blocks.types import type_by_name
 from gguf_run.kernels_cpu.backend import CpuBackend
 from gguf_run.kernels_cpu.vector.isa import Tuning, current
@@ -96,7 +97,7 @@ def check_type(type_name: str, shapes: Sequence[Shape] = SHAPES) -> None:
         check_matmul(cpu(shape.n_threads), [tensor], shape)
 
 
-@pytest.mark.parametrize("type_name", [*QUANTIZED, *FLOATS])
+@pytest.mark.parametrize("type_name", [*QUANTIZED, *FLOATS, *CODED_FORMS])
 def test_every_type(type_name: str) -> None:
     check_type(type_name)
 
@@ -140,6 +141,7 @@ STACKS: dict[str, list[tuple[str, int]]] = {
     "types of one panel": [("IQ4_NL", 16), ("Q8_0", 24), ("IQ4_NL", 7)],
     "types of several panels": [("Q4_K", 32), ("Q4_K", 16), ("Q6_K", 16), ("F32", 20), ("Q8_0", 3)],
     "integers between floats": [("F32", 7), ("Q8_0", 11), ("F32", 2), ("F16", 16)],
+    "coded types": [("NF4", 16), ("FP8_E4M3", 32), ("FP8_E4M3", 5), ("Q8_0", 16), ("INT8", 16)],
     "through F32": [("I8", 9), ("F64", 5), ("I8", 16)],
 }
 

@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cpu_ops import QUANTIZED, MemoryTensor, cpu, f32_tensor, random_tensor, tensor_of, unpack_panel
+from cpu_ops import MemoryTensor, cpu, f32_tensor, random_tensor, tensor_of, unpack_panel
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TENSOR_TYPES, type_by_name
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
+from gguf_run.formats.errors import FormatError
 from gguf_run.kernels_cpu.panels.memory import CpuWeight
-from gguf_run.kernels_cpu.panels.panels import PANEL_OF, ROWS, FloatPanel, IntPanel
+from gguf_run.kernels_cpu.panels.panels import PANEL_OF, ROWS, FloatPanel, IntPanel, matrix_bytes
 from gguf_run.kernels_cpu.panels.repack import repack
 
 ALL_HALVES = np.arange(65536, dtype=np.uint16)
@@ -38,12 +39,16 @@ def check_repack(tensors: list[MemoryTensor], n_threads: int = 3) -> None:
     assert sum(part.n_out for part in weight.parts) == len(expected)
     for part in weight.parts:
         values = unpack_panel(part, weight.n_in)
+        exact = expected[part.first : part.first + part.n_out]
+        if isinstance(part.panel, IntPanel) and part.panel.fine:  # d is below 0.1
+            np.testing.assert_allclose(values[: part.n_out], exact, atol=0.1 / 65000)
+            continue
         with np.errstate(all="ignore"):
-            assert_same_bits(values[: part.n_out], expected[part.first : part.first + part.n_out])
+            assert_same_bits(values[: part.n_out], exact)
         assert (values[part.n_out :] == 0).all(), "rows that fill the last panel are zeros"
 
 
-@pytest.mark.parametrize("type_name", [type.name for type in TENSOR_TYPES])
+@pytest.mark.parametrize("type_name", [type.name for type in (*TENSOR_TYPES, *CHECKPOINT_TYPES)])
 def test_panels_hold_the_numbers_of_the_file(type_name: str) -> None:
     block = type_by_name(type_name).block_size
     for n_out, n_block in ((1, 1), (16, 2), (37, 3)):
@@ -60,7 +65,7 @@ def test_factors_of_matrices() -> None:
     assert_same_bits(unpack_panel(weight.parts[0], weight.n_in)[:72], expected)
 
 
-@pytest.mark.parametrize("type_name", QUANTIZED)
+@pytest.mark.parametrize("type_name", [name for name in INTEGER_FORMS if name != "INT8"])  # a row of INT8 has one scale
 def test_any_bytes_can_be_repacked(type_name: str) -> None:
     """Scales of infinity and NaN too: what dequantizes to them is in the panel."""
     type = type_by_name(type_name)
@@ -125,7 +130,7 @@ def test_number_of_threads_does_not_matter(type_name: str) -> None:
     assert (results[0] == results[2]).all()
 
 
-@pytest.mark.parametrize("type_name", QUANTIZED)
+@pytest.mark.parametrize("type_name", INTEGER_FORMS)
 def test_panel_is_wide_enough(type_name: str) -> None:
     """u = q + offset is not negative and below 2^dot_bits for all q that a block can hold; AVX2 counts on it."""
     form, panel = INTEGER_FORMS[type_name], PANEL_OF[type_name]
@@ -143,6 +148,22 @@ def test_bits_per_weight() -> None:
         type, panel = type_by_name(type_name), PANEL_OF[type_name]
         extra = 16 * 2 if type_name == "IQ4_XS" else 0  # scales of 8 bits instead of 6
         assert panel.group_bytes(256) == 16 * 256 // type.block_size * type.type_size + extra
+
+
+def test_checkpoints_take_their_own_width() -> None:
+    """Issue 21: at most 2 % more than codes and scales in a checkpoint. 4-bit scales are f32 there, one for 64."""
+    bits = {"FP8": 8, "INT": 8, "NF4": 4.5, "FP4": 4.5}
+    for type in CHECKPOINT_TYPES:
+        for n_in in (2048, 8192):
+            stored = ROWS * n_in * bits[type.name[:3]] / 8
+            assert stored <= matrix_bytes(type.name, n_in, ROWS) <= 1.02 * stored
+
+
+def test_rows_of_a_panel_must_share_the_scales_of_rectangles() -> None:
+    tensor = random_tensor("FP8_E4M3_128", 32, 256)
+    tensor.data[17, :4] += 1
+    with pytest.raises(FormatError, match=r"test: 16 rows .* must have one: give --quantize Q8_0"):
+        weight_of(2, [tensor])
 
 
 def test_data_starts_on_a_cache_line_and_is_counted() -> None:

@@ -20,7 +20,7 @@ from cpu_ops import (
 from numpy_backend import ACTIVATIONS, rotate, xielu
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TENSOR_TYPES, type_by_name
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope
@@ -156,7 +156,7 @@ def test_blocks_are_made_anew_when_a_part_of_a_row_changes() -> None:
 
 
 # embed, outputs
-@pytest.mark.parametrize("type_name", [type.name for type in TENSOR_TYPES])
+@pytest.mark.parametrize("type_name", [type.name for type in (*TENSOR_TYPES, *CHECKPOINT_TYPES)])
 def test_embed(type_name: str) -> None:
     """Rows in any order and repeated, exactly as dequantize gives them."""
     block = type_by_name(type_name).block_size

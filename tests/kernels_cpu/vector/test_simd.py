@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from gguf_run.kernels_cpu.vector.isa import ISAS, Isa, choose
 from gguf_run.kernels_cpu.vector.lowering import LOWERINGS
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I32, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
 
 HOST = binding.get_host_cpu_features()
 RUNNABLE = [isa for isa in ISAS if all(HOST.get(feature, False) for feature in isa.needs)]
@@ -249,3 +249,21 @@ def test_neon_dot_compiles(bits: int) -> None:
     binding.initialize_all_asmprinters()
     machine = binding.Target.from_triple(module.triple).create_target_machine(features="+neon,+dotprod", opt=2)
     assert machine.emit_assembly(binding.parse_assembly(str(module))).count("sdot") == {4: 4, 8: 8}[bits]
+
+
+@on_each_isa
+def test_look_up_floats(isa: Isa) -> None:
+    """By the lowest four bits of each lane, whatever the others are."""
+    table = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    index = np.random.default_rng(1).integers(-(2**31), 2**31, (40, 16)).astype(np.int32)
+    out = np.zeros(index.shape, np.float32)
+    run(isa, lambda s, at, to: s.store(s.look_up_floats(table.tolist(), s.load(at, I32, 16)), to), index, out)
+    np.testing.assert_array_equal(out, table[index & 15])
+
+
+@on_each_isa
+def test_low_bytes(isa: Isa) -> None:
+    words = np.arange(-32768, 32768).astype(np.int16).reshape(-1, 16)
+    out = np.zeros_like(words)
+    run(isa, lambda s, at, to: s.store(s.low_bytes(s.load(at, I16, 16)), to), words, out)
+    np.testing.assert_array_equal(out, words.astype(np.int8).astype(np.int16) * 128)

@@ -12,7 +12,7 @@ from cpu_ops import random_tensor
 from gpu_ops import DEVICE, gpu, unpack_part
 
 from gguf_run.formats.blocks.dequantizer import dequantize
-from gguf_run.formats.blocks.types import TENSOR_TYPES, type_by_name
+from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TENSOR_TYPES, TensorType, type_by_name
 from gguf_run.kernels_gpu.panels import repack
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, matrix_bytes, panel_for
 from gguf_run.kernels_gpu.panels.repack import Uploader
@@ -34,6 +34,22 @@ def test_every_type_keeps_its_numbers(name: str) -> None:
     expected = np.concatenate([dequantize(tensor.data, tensor.type) for tensor in tensors])
     assert same_bits(unpack_part(part), expected)
     assert part.nbytes == matrix_bytes(name, n_in, 18)
+
+
+@pytest.mark.parametrize("type", CHECKPOINT_TYPES, ids=lambda type: type.name)
+def test_types_of_checkpoints_are_rounded(type: TensorType) -> None:
+    """INT8's scales to f16, as Q8_0; all weights of other types to f16."""
+    tensors = [random_tensor(type.name, n_row, 256, seed=n_row) for n_row in (16, 5)]
+    part = Uploader(DEVICE).repack(tensors)
+    if type.name == "INT8":
+        fields = [tensor.data.view(type.dtype) for tensor in tensors]
+        parts = [f["qs"] * f["d"].astype(np.float16).astype(np.float32)[..., None] for f in fields]
+        expected = np.concatenate([part.reshape(len(part), -1) for part in parts])
+    else:
+        weights = [dequantize(tensor.data, tensor.type) for tensor in tensors]
+        expected = np.concatenate(weights).astype(np.float16).astype(np.float32)
+    assert same_bits(unpack_part(part), expected)
+    assert part.nbytes == matrix_bytes(type.name, 256, 21) == 21 * 256 * (34 / 32 if type.name == "INT8" else 2)
 
 
 def test_factors_of_matrices() -> None:

@@ -212,6 +212,7 @@ def test_base_options(folder: Path) -> None:
         "cache_rotation": None,
         "cpu_moe": False,
         "lora": [],
+        "activations": "auto",
     }
     rest = ("cache_type_v", "cache_scales", "gpu_layers", "tensor_split", "n_cpu_moe")
     assert values["base_options"] == expected | dict.fromkeys(rest)

@@ -30,7 +30,7 @@ def test_the_second_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(subprocess, "Popen", Waiting)
     monkeypatch.setattr(load_model, "compile_notice", compile_at_once)
-    with load_model._helper(tmp_path / "m.gguf", None, [F16], n_threads=2):
+    with load_model._helper(tmp_path / "m.gguf", LoadOptions(), [F16], n_threads=2):
         pass
     assert ended == [0]
 
@@ -54,5 +54,5 @@ def test_one_thread_has_no_help(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError
 
     monkeypatch.setattr(subprocess, "Popen", never)
-    with compile_ahead.helper(Path("m.gguf"), None, [F16], n_threads=1):
+    with compile_ahead.helper(Path("m.gguf"), LoadOptions(), [F16], n_threads=1):
         pass

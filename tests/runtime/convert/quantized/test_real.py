@@ -7,6 +7,8 @@ import pytest
 from quantized import decode, values
 from quantpack import write_checkpoint
 
+from gguf_run.runtime.convert.quantized.methods import RUN
+
 torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
@@ -47,10 +49,10 @@ def within_a_range(found, exact, group, limit=1e-3):
         (8, "int", "group", 64, True, "pack-quantized", "Q8_0"),
         (3, "int", "group", 64, False, "pack-quantized", "Q4_1"),
         (4, "int", "channel", None, False, "pack-quantized", "Q4_1"),
-        (8, "int", "channel", None, True, "int-quantized", "Q8_0"),
+        (8, "int", "channel", None, True, "int-quantized", "INT8"),
         (8, "int", "channel", None, False, "naive-quantized", "F32"),
-        (8, "float", "tensor", None, True, "float-quantized", "F32"),
-        (8, "float", "channel", None, True, "float-quantized", "F32"),
+        (8, "float", "tensor", None, True, "float-quantized", "FP8_E4M3"),
+        (8, "float", "channel", None, True, "float-quantized", "FP8_E4M3"),
         (4, "float", "tensor_group", 16, True, "nvfp4-pack-quantized", "NVFP4"),
         (4, "float", "group", 32, True, "mxfp4-pack-quantized", "MXFP4"),
     ],
@@ -87,7 +89,7 @@ def test_compressed_tensors(tmp_path, n_bits, kind, strategy, group, symmetric, 
         "format": format,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": n_bits}}},
     }
-    found = decode(write_checkpoint(tmp_path, config, {f"{NAME}.{key}": stored(t) for key, t in packed.items()}))
+    found = decode(write_checkpoint(tmp_path, config, {f"{NAME}.{key}": stored(t) for key, t in packed.items()}), RUN)
     tensor = found.pop(f"{NAME}.weight")
     assert tensor.type.name == kept
     result = values(tensor)
@@ -110,7 +112,8 @@ def test_bitsandbytes_4bit(tmp_path, kind, double):
     codes, state = F.quantize_4bit(weight(), quant_type=kind, compress_statistics=double, blocksize=64)
     tensors = {f"{NAME}.weight": stored(codes)}
     tensors |= {f"{NAME}.weight.{key}": stored(part) for key, part in state.as_dict(packed=True).items()}
-    found = decode(write_checkpoint(tmp_path, {"quant_method": "bitsandbytes"}, tensors))
+    found = decode(write_checkpoint(tmp_path, {"quant_method": "bitsandbytes"}, tensors), RUN)
+    assert found[f"{NAME}.weight"].type.name == kind.upper()
     exact = F.dequantize_4bit(codes, state).numpy()
     assert set(found) == {f"{NAME}.weight"}
     np.testing.assert_allclose(values(found[f"{NAME}.weight"]), exact, rtol=2e-6, atol=1e-7)
@@ -127,19 +130,23 @@ def test_bitsandbytes_8bit(tmp_path):
         f"{NAME}.SCB": stored(scb),
         f"{NAME}.weight_format": ("U8", np.zeros(())),
     }
-    found = decode(write_checkpoint(tmp_path, {"quant_method": "bitsandbytes"}, tensors))[f"{NAME}.weight"]
+    folder, exact = write_checkpoint(tmp_path, {"quant_method": "bitsandbytes"}, tensors), codes * (scb / 127)[:, None]
+    found = decode(folder)[f"{NAME}.weight"]
     assert found.type.name == "Q8_0"
     within_a_range(values(found), F.int8_vectorwise_dequant(codes, scb).numpy(), 256)
+    found = decode(folder, RUN)[f"{NAME}.weight"]
+    assert found.type.name == "INT8"
+    np.testing.assert_allclose(values(found), exact.numpy(), rtol=2e-7)
 
 
 def torchao_configs():
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
     return {
-        "int8": (Int8WeightOnlyConfig(version=2), "Q8_0", 256),
+        "int8": (Int8WeightOnlyConfig(version=2), "INT8", 256),
         "int4": (IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)), "Q4_0", 32),
         "int3": (IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=PerGroup(64)), "Q4_0", 64),
-        "float8": (Float8WeightOnlyConfig(version=2), "F32", 256),
+        "float8": (Float8WeightOnlyConfig(version=2), "FP8_E4M3", 256),
     }
 
 
@@ -158,10 +165,10 @@ def test_torchao(tmp_path, name):
     folder = write_checkpoint(
         tmp_path, {"quant_method": "torchao"}, {key: stored(part) for key, part in tensors.items()}, metadata
     )
-    found = decode(folder)
+    found = decode(folder, RUN)
     assert set(found) == {"0.weight", "0.bias"}
     assert found["0.weight"].type.name == kept
-    if kept == "F32":
+    if kept in ("INT8", "FP8_E4M3"):
         np.testing.assert_allclose(values(found["0.weight"]), exact, rtol=1e-6)
     else:
         within_a_range(values(found["0.weight"]), exact, group)
