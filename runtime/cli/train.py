@@ -1,0 +1,109 @@
+"""gguf-train: adapters for a quantized model, and weights that suit the types of a file.
+
+Lines about steps go to stderr.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gguf_run.formats.errors import GgufRunError
+from gguf_run.runtime.cli import complete
+from gguf_run.runtime.cli.common import Command, tool
+from gguf_run.runtime.cli.options import PATH, option
+from gguf_run.runtime.hub.find import find_model
+from gguf_run.runtime.terminal.progress import progress
+from gguf_run.runtime.terminal.text import message
+
+if TYPE_CHECKING:
+    from gguf_run.runtime.train.losses import Losses
+
+MODEL = click.Argument(["model"], shell_complete=complete.models)
+DATA = option("--data", "Folder with train.jsonl and valid.jsonl, or a text file.", type=PATH, required=True)
+OUTPUT = option("--output --adapter-path -o", "The file to write.", type=PATH, required=True)
+STEPS = [
+    option("--iters", "Steps.", type=int, default=1000),
+    option("--batch-size", "Texts of a batch.", type=int, default=4),
+    option("--learning-rate", "How far a step goes.", type=float, default=1e-5),
+    option("--lr-schedule", "How the rate goes on: constant or cosine.", default="constant"),
+    option("--max-seq-length", "Tokens of a text; longer ones are cut.", type=int, default=2048),
+    option("--grad-accumulation-steps", "Batches of a step.", type=int, default=1),
+    option("--val-batches", "Batches of a validation, -1 for all.", type=int, default=25),
+    option("--steps-per-report", "Report the loss after so many steps.", type=int, default=10),
+    option("--steps-per-eval", "Validate after so many steps.", type=int, default=200),
+    option("--save-every", "Save after so many steps.", type=int, default=100),
+    option("--seed", "Number that makes a training repeatable.", type=int, default=0),
+    option("--grad-checkpoint/--no-grad-checkpoint", "Save memory: layers run again for gradients.", default=True),
+    option("--device -dev", "cpu, cuda, cuda:1, or auto.", default="auto"),
+    option("--resume", "Go on from the state beside the output.", is_flag=True),
+]
+PAIRS = [
+    option("--mask-prompt", "Learn from answers alone.", is_flag=True),
+    option("--rank", "Rows of the small matrices.", type=int, default=8),
+    option("--scale", "Factor on their product.", type=float, default=20.0),
+    option("--dropout", "Part of their input that a step leaves out.", type=float, default=0.0),
+    option("--num-layers", "Adapt so many of the last layers, -1 for all.", type=int, default=16),
+    option("--keys", "Adapt these matrices, such as attn_q; may be repeated.  [default: all]", multiple=True),
+    option("--resume-adapter-file", "An adapter to begin with.", type=PATH),
+]
+
+
+class Group(Command, click.Group):
+    """A click group whose subcommands are of the class Command."""
+
+    command_class = Command
+
+
+@tool(
+    "gguf-train",
+    Group,
+    examples=(
+        "gguf-train lora model.gguf --data folder -o adapter.gguf --mask-prompt",
+        "gguf-run model.gguf --lora adapter.gguf",
+    ),
+)
+def main() -> None:
+    """Train a GGUF model on this machine. MODEL is a GGUF file, a checkpoint's folder or hf:owner/repo[:Q4_K_M]."""
+
+
+def _made(kind: type, given: Mapping[str, Any]) -> Any:
+    """Return an object of options that has those of a command."""
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+
+
+def _trained(run: "Callable[..., Losses]", *args: Any) -> None:
+    """Train, with a bar of progress, and tell where the result is."""
+    output = args[2]
+    with progress("training", "steps") as bar:
+        run(*args, bar.message, bar.set)
+    message(f"{output} is written; losses: {output}.svg")
+
+
+def _need_torch() -> None:
+    if find_spec("torch") is None:
+        raise GgufRunError("torch is not installed, which training needs: pip install 'gguf-run[train]'")
+
+
+@main.command(
+    params=[MODEL, DATA, OUTPUT, *STEPS, *PAIRS],
+    examples=(
+        "gguf-train lora model.gguf --data folder -o adapter.gguf --mask-prompt",
+        "gguf-train lora model.gguf --data folder -o adapter.gguf --iters 300 --rank 16",
+        "gguf-train lora model.gguf --data folder -o adapter.gguf --resume",
+    ),
+)
+def lora(model: str, data: Path, output: Path, **given: Any) -> None:
+    """Train an adapter (LoRA). The model may be quantized: its blocks stay as they are, in memory too.
+
+    The names of options and the form of the data are those of mlx-lm. --output gets a GGUF adapter, for --lora.
+    """
+    _need_torch()
+    from gguf_run.runtime.train.loop import TrainOptions
+    from gguf_run.runtime.train.low_rank import LoraOptions, lora
+
+    given["keys"] = tuple(given["keys"])
+    _trained(lora, find_model(model, "any"), data, output, _made(TrainOptions, given), _made(LoraOptions, given))
