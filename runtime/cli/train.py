@@ -107,3 +107,48 @@ def lora(model: str, data: Path, output: Path, **given: Any) -> None:
 
     given["keys"] = tuple(given["keys"])
     _trained(lora, find_model(model, "any"), data, output, _made(TrainOptions, given), _made(LoraOptions, given))
+
+
+@main.command(
+    params=[
+        MODEL,
+        click.Argument(["adapter"], type=PATH),
+        OUTPUT,
+        option("--type kind", "Type of the file: keep, or one of gguf-quantize.", default="keep"),
+        option("--scale", "How strongly the adapter acts.", type=float, default=1.0),
+        option("--file -f", "A text: tell how far predictions move, before rounding and after.", type=PATH),
+        option("--chunks n_chunk", "Chunks of the text.", type=click.IntRange(1), default=8),
+    ],
+    examples=(
+        "gguf-train merge model-f16.gguf adapter.gguf -o merged.gguf",
+        "gguf-train merge model-q4.gguf adapter.gguf -o merged.gguf --type Q8_0 -f text.txt",
+    ),
+)
+def merge(**given: Any) -> None:
+    """Write a model with an adapter in its weights.
+
+    Each tensor keeps its type, unless --type names another one. Few bits have no room for a small change: a line names
+    the tensors whose rounding is larger than what the adapter adds. Then keep the adapter (--lora), or take more bits.
+    """
+    from gguf_run.runtime.cli.train_merge import run
+
+    run(**given)
+
+
+@main.command(
+    params=[
+        click.Argument(["adapter"], type=PATH),
+        option("--base", "The GGUF file of the model that is adapted.", type=PATH, required=True),
+        option("--peft", "As a PEFT adapter, for transformers: the only form yet.", is_flag=True, required=True),
+        option("--output -o", "The folder to write.", type=PATH, required=True),
+    ],
+    examples=("gguf-train export adapter.gguf --base model.gguf --peft -o folder",),
+)
+def export(adapter: Path, base: Path, peft: bool, output: Path) -> None:
+    """Write a GGUF adapter in the form of another program. gguf-convert reads it back."""
+    from gguf_run.formats.gguf.reader import GGUFFile
+    from gguf_run.runtime.convert.back.adapter import export_peft
+
+    with GGUFFile.open(adapter) as file, GGUFFile.open(find_model(str(base))) as model:
+        export_peft(file, model, output)
+    message(f"{output} is written")
