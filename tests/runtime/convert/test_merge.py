@@ -54,11 +54,11 @@ def test_what_rounding_loses_is_said(tmp_path: Path) -> None:
         changed = {name for name, (a, b) in blocks.items() if (a != b).any()}
         assert {tensor.type.name for tensor in after.tensors.values()} == {"Q4_0", "F32"}
         assert changed <= set(small)
-    code, text = run(*args, "--type", "F16")
+    code, text = run(*args, "--type", "F16", "--scale", 30)  # the engine rounds activations of Q4_0 alone
     assert code == 0
     assert "rounding changes" not in text
     before_, merged = (float(line.split(": ")[1].split()[0]) for line in text.splitlines()[-2:])
-    assert merged < before_
+    assert merged < 0.1 * before_
 
 
 @pytest.mark.parametrize("tiny", [Tiny(), TINY_GEMMA3], ids=["llama", "gemma3"])
