@@ -5,13 +5,14 @@ Lines about steps go to stderr.
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gguf_run.formats.errors import GgufRunError
+from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli import complete
 from gguf_run.runtime.cli.common import Command, tool
 from gguf_run.runtime.cli.options import PATH, option
@@ -75,11 +76,10 @@ def _made(kind: type, given: Mapping[str, Any]) -> Any:
     return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
 
 
-def _trained(run: "Callable[..., Losses]", *args: Any) -> None:
+def _trained(run: "Callable[..., Losses]", data: Path, output: Path, *options: Any) -> None:
     """Train, with a bar of progress, and tell where the result is."""
-    output = args[2]
     with progress("training", "steps") as bar:
-        run(*args, bar.message, bar.set)
+        run(data, output, *options, report=bar.message, progress=bar.set)
     message(f"{output} is written; losses: {output}.svg")
 
 
@@ -106,7 +106,61 @@ def lora(model: str, data: Path, output: Path, **given: Any) -> None:
     from gguf_run.runtime.train.low_rank import LoraOptions, lora
 
     given["keys"] = tuple(given["keys"])
-    _trained(lora, find_model(model, "any"), data, output, _made(TrainOptions, given), _made(LoraOptions, given))
+    run = partial(lora, find_model(model, "any"))
+    _trained(run, data, output, _made(TrainOptions, given), _made(LoraOptions, given))
+
+
+@main.command(
+    params=[
+        MODEL,
+        option("--type kind", "Type of the file, as of gguf-quantize.  [default: that of --start]"),
+        DATA,
+        OUTPUT,
+        *STEPS,
+        option("--start", "A quantized file to begin with, as one of --method gptq.", type=PATH),
+        option("--refresh", "Search scales again after so many steps; 0: never.", type=int, default=0),
+        option("--activations", "float, or int8: round what matrices read, as the CPU does.", default="float"),
+    ],
+    examples=(
+        "gguf-train qat model-f16.gguf --type Q4_0 --data text.txt -o model-q4.gguf",
+        "gguf-train qat f16.gguf --start gptq.gguf --data text.txt -o q4.gguf --iters 300",
+    ),
+)
+def qat(model: str, kind: str | None, data: Path, output: Path, start: Path | None, **given: Any) -> None:
+    """Train a model for its quantized file, and write that file.
+
+    Each step computes with the numbers that the file would have. The loss is the divergence from MODEL, which must not
+    be quantized. The file is checked: it has the numbers of the last step, bit for bit.
+    """
+    if (kind is None) == (start is None):
+        raise OptionError("--type or --start says which types the file has: give one of them")
+    _need_torch()
+    from gguf_run.runtime.train.distill import qat
+    from gguf_run.runtime.train.loop import TrainOptions
+
+    more = {"start": start, "refresh": given["refresh"], "activations": given["activations"]}
+    run = partial(qat, find_model(model, "any"), kind or "", **more)
+    _trained(run, data, output, _made(TrainOptions, given))
+
+
+@main.command(
+    params=[
+        MODEL,
+        option("--teacher", "The model before quantizing.", required=True, shell_complete=complete.models),
+        DATA,
+        OUTPUT,
+        *STEPS,
+    ],
+    examples=("gguf-train distill q3.gguf --teacher f16.gguf --data text.txt -o better.gguf",),
+)
+def distill(model: str, teacher: str, data: Path, output: Path, **given: Any) -> None:
+    """Train the scales, minimums and norms of a quantized file. The loss is the divergence from the teacher."""
+    _need_torch()
+    from gguf_run.runtime.train.distill import distill
+    from gguf_run.runtime.train.loop import TrainOptions
+
+    run = partial(distill, find_model(model), find_model(teacher, "any"))
+    _trained(run, data, output, _made(TrainOptions, given))
 
 
 @main.command(

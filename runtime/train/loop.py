@@ -86,8 +86,8 @@ class Task(Protocol):
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the sum of the losses of a batch's tokens."""
 
-    def stepped(self, step: int) -> None:
-        """`numbers` have changed in a step, or were loaded."""
+    def stepped(self, step: int, is_loaded: bool = False) -> None:
+        """`numbers` have changed in a step, or were loaded as they were after it."""
 
     def save(self, path: Path) -> None:
         """Write the result so far."""
@@ -229,7 +229,7 @@ class Trainer:
                 x.copy_(held["numbers"][name])
         self._optimizer.load_state_dict(held["optimizer"])
         self._done, self.losses = held["step"], Losses([*held["train"]], [*held["valid"]])
-        self.task.stepped(self._done)
+        self.task.stepped(self._done, True)
 
 
 def fingerprint(file: GGUFFile, task: Task) -> str:

@@ -97,7 +97,7 @@ class LowRank:
     def loss(self, batch: Batch) -> torch.Tensor:
         return cross_entropy(self.model, batch)
 
-    def stepped(self, step: int) -> None:
+    def stepped(self, step: int, is_loaded: bool = False) -> None:
         """Nothing follows from the pairs."""
 
     def save(self, path: Path) -> None:
