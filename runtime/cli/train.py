@@ -102,8 +102,7 @@ def lora(model: str, data: Path, output: Path, **given: Any) -> None:
     The names of options and the form of the data are those of mlx-lm. --output gets a GGUF adapter, for --lora.
     """
     _need_torch()
-    from gguf_run.runtime.train.loop import TrainOptions
-    from gguf_run.runtime.train.low_rank import LoraOptions, lora
+    from gguf_run.runtime.train import LoraOptions, TrainOptions, lora
 
     given["keys"] = tuple(given["keys"])
     run = partial(lora, find_model(model, "any"))
@@ -135,8 +134,7 @@ def qat(model: str, kind: str | None, data: Path, output: Path, start: Path | No
     if (kind is None) == (start is None):
         raise OptionError("--type or --start says which types the file has: give one of them")
     _need_torch()
-    from gguf_run.runtime.train.distill import qat
-    from gguf_run.runtime.train.loop import TrainOptions
+    from gguf_run.runtime.train import TrainOptions, qat
 
     more = {"start": start, "refresh": given["refresh"], "activations": given["activations"]}
     run = partial(qat, find_model(model, "any"), kind or "", **more)
@@ -156,8 +154,7 @@ def qat(model: str, kind: str | None, data: Path, output: Path, start: Path | No
 def distill(model: str, teacher: str, data: Path, output: Path, **given: Any) -> None:
     """Train the scales, minimums and norms of a quantized file. The loss is the divergence from the teacher."""
     _need_torch()
-    from gguf_run.runtime.train.distill import distill
-    from gguf_run.runtime.train.loop import TrainOptions
+    from gguf_run.runtime.train import TrainOptions, distill
 
     run = partial(distill, find_model(model), find_model(teacher, "any"))
     _trained(run, data, output, _made(TrainOptions, given))

@@ -119,9 +119,9 @@ class Trainer:
         found = reader.read(self.data, "train")
         if not found:
             raise FormatError(f"{self.data}: has no train.jsonl: a line for each text is needed")
-        self._train, self._valid = (
+        self._train, self._valid, self._test = (
             Batches(examples, options.batch_size, options.seed, options.max_seq_length)
-            for examples in (found, reader.read(self.data, "valid"))
+            for examples in (found, reader.read(self.data, "valid"), reader.read(self.data, "test"))
         )
         self._optimizer = torch.optim.Adam([*self.task.numbers.values()], options.learning_rate)
         self._of = fingerprint(self.file, self.task)
@@ -154,6 +154,8 @@ class Trainer:
                 if self._done % options.save_every == 0:
                     self._save()
             self._validate(at_end=True)
+            if len(self._test) and not self._stops:
+                self.report(f"test loss {self._mean(self._test, -1):.4f}")
         self._save()
         if self._stops:
             self.report(f"ended after step {self._done}; to go on: --resume")
@@ -192,14 +194,17 @@ class Trainer:
         return total, n_tokens
 
     @torch.no_grad()
+    def _mean(self, batches: Batches, n: int) -> float:
+        """Return the mean loss of the first n batches, -1 for all."""
+        some = batches.in_order(n)
+        return sum(float(self.task.loss(batch)) for batch in some) / sum(batch.n_tokens for batch in some)
+
     def _validate(self, at_end: bool = False) -> None:
         is_due = self._done % self.options.steps_per_eval == 0 if not at_end else not self._stops
         known = {step for step, _ in self.losses.valid}
         if not is_due or not len(self._valid) or not self.options.val_batches or self._done in known:
             return
-        batches = self._valid.in_order(self.options.val_batches)
-        total = sum(float(self.task.loss(batch)) for batch in batches)
-        loss = total / sum(batch.n_tokens for batch in batches)
+        loss = self._mean(self._valid, self.options.val_batches)
         self.losses.valid.append((self._done, loss))
         self.report(f"step {self._done}: validation loss {loss:.4f}")
 

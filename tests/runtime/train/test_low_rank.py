@@ -197,9 +197,12 @@ def test_ctrl_c_keeps_what_was_reached(folder: Path) -> None:
         if line.startswith("step 3: loss"):
             signal.raise_signal(signal.SIGINT)
 
+    (folder / "test.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
     lora(folder / "m.gguf", folder, folder / "a.gguf", OPTIONS, report=report)
     assert lines[-1] == "ended after step 3; to go on: --resume"
-    assert lora(folder / "m.gguf", folder, folder / "a.gguf", replace(OPTIONS, resume=True)).train[-1][0] == 6
+    losses = lora(folder / "m.gguf", folder, folder / "a.gguf", replace(OPTIONS, resume=True), report=lines.append)
+    assert losses.train[-1][0] == 6
+    assert lines[-1] == f"test loss {losses.valid[-1][1]:.4f}"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
