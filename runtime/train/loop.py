@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +61,7 @@ class TrainOptions:
         """The device, as torch names it."""
         name = self.device
         if name == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
             raise OptionError(f"--device {name}: torch has no such device here; allowed: cpu and auto")
         return name
@@ -97,6 +98,40 @@ def nothing(*_: Any) -> None:
     """Say nothing."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together (torchrun). Each has batches of its own; gradients are added up."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def joined(cls, device: str) -> "Group":
+        """Join the processes that torchrun has started, if it has."""
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            return cls()
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.rank == 0
+
+    def sum(self, number: float) -> float:
+        """Return the sum of the processes' numbers."""
+        if self.size == 1:
+            return number
+        numbers = [0.0] * self.size
+        torch.distributed.all_gather_object(numbers, number)
+        return sum(numbers)
+
+    def add_gradients(self, numbers: Iterable[torch.Tensor]) -> None:
+        for x in numbers if self.size > 1 else ():
+            torch.distributed.all_reduce(x.grad)
+
+
 @dataclass
 class Trainer:
     """One training. `output` gets the result; `output`.state what is needed to go on, `output`.svg a picture."""
@@ -123,6 +158,9 @@ class Trainer:
             Batches(examples, options.batch_size, options.seed, options.max_seq_length)
             for examples in (found, reader.read(self.data, "valid"), reader.read(self.data, "test"))
         )
+        self._group = Group.joined(options.where)
+        if not self._group.is_first:
+            self.report = self.progress = nothing
         self._optimizer = torch.optim.Adam([*self.task.numbers.values()], options.learning_rate)
         self._of = fingerprint(self.file, self.task)
         self._done, self._stops = 0, False
@@ -136,12 +174,11 @@ class Trainer:
     def run(self) -> Losses:
         """Train; return the losses. Ctrl-C ends it after a step, and what was reached is kept."""
         options = self.options
-        torch.manual_seed(options.seed + self._done)
         n_numbers = sum(x.numel() for x in self.task.numbers.values())
         self.report(f"{n_numbers} numbers in {len(self.task.numbers)} tensors are trained, on {options.where}")
         began, first, n_tokens, since, total = time.monotonic(), self._done, 0, self._done, 0.0
         with _interruptible(self._stop), _enough_memory(options):
-            while self._done < options.iters and not self._stops:
+            while self._done < options.iters and not self._group.sum(self._stops):
                 self._validate()
                 loss, n = self._step()
                 n_tokens, total = n_tokens + n, total + loss
@@ -171,11 +208,13 @@ class Trainer:
 
     def _step(self) -> tuple[float, int]:
         """Do a step. Return its mean loss and its tokens."""
-        options, task = self.options, self.task
-        n_batches = options.grad_accumulation_steps
-        batches = [self._train.at(self._done * n_batches + i) for i in range(n_batches)]
-        n_tokens, total = sum(batch.n_tokens for batch in batches), 0.0
+        options, task, group = self.options, self.task, self._group
+        n_batches = options.grad_accumulation_steps * group.size
+        first = self._done * n_batches
+        batches = [self._train.at(i) for i in range(first + group.rank, first + n_batches, group.size)]
+        n_tokens, total = round(group.sum(sum(batch.n_tokens for batch in batches))), 0.0
         self._optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(options.seed + (first + group.rank) * 1_000_003)  # for what dropout leaves out
         task.model.backend.is_training = True
         for batch in batches:
             loss = task.loss(batch) / n_tokens
@@ -183,11 +222,13 @@ class Trainer:
             if math.isfinite(total):
                 loss.backward()
         task.model.backend.is_training = False
+        total = group.sum(total)
         if not math.isfinite(total):
             kept = f"{self.output} is that of an earlier step" if self.output.exists() else "nothing was written"
             raise GgufRunError(f"the loss is {total} in step {self._done + 1}: lower --learning-rate; {kept}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = options.rate(self._done)
+        group.add_gradients(task.numbers.values())
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = options.rate(self._done)
         self._optimizer.step()
         self._done += 1
         task.stepped(self._done)
@@ -209,6 +250,8 @@ class Trainer:
         self.report(f"step {self._done}: validation loss {loss:.4f}")
 
     def _save(self) -> None:
+        if not self._group.is_first:
+            return
         self.task.save(self.output)
         numbers = {name: x.detach() for name, x in self.task.numbers.items()}
         held = {"of": self._of, "step": self._done, "numbers": numbers, "optimizer": self._optimizer.state_dict()}

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -162,9 +164,11 @@ def test_the_engine_has_the_logits_of_training(name: str, folder: Path) -> None:
 
 
 def test_going_on_is_as_if_there_was_no_end(folder: Path) -> None:
-    whole = lora(folder / "m.gguf", folder, folder / "whole.gguf", OPTIONS)
+    pairs = LoraOptions(dropout=0.2)
+    whole = lora(folder / "m.gguf", folder, folder / "whole.gguf", OPTIONS, pairs)
     for n, resume in ((4, False), (6, True)):
-        parts = lora(folder / "m.gguf", folder, folder / "parts.gguf", replace(OPTIONS, iters=n, resume=resume))
+        steps = replace(OPTIONS, iters=n, resume=resume)
+        parts = lora(folder / "m.gguf", folder, folder / "parts.gguf", steps, pairs)
     assert parts.train == whole.train
     with GGUFFile.open(folder / "whole.gguf") as a, GGUFFile.open(folder / "parts.gguf") as b:
         for name, tensor in a.tensors.items():
@@ -187,6 +191,33 @@ def test_batches_of_a_step_are_one_batch(folder: Path) -> None:
         for size, n in ((6, 1), (3, 2))
     )
     np.testing.assert_allclose(one.train, two.train, rtol=1e-5)
+
+
+_RANK = """
+import sys, torch
+from gguf_run.runtime.train import TrainOptions, lora
+torch.set_num_threads(1)
+folder = sys.argv[1]
+options = TrainOptions(iters=6, batch_size=3, learning_rate=2e-3, max_seq_length=64, steps_per_report=1)
+losses = lora(f"{folder}/m.gguf", folder, f"{folder}/two.gguf", options, report=print)
+if torch.distributed.get_rank() == 0:
+    print("LOSSES", [loss for _, loss in losses.train])
+"""
+
+
+def test_two_processes_are_two_batches_of_a_step(folder: Path) -> None:
+    (folder / "rank.py").write_text(_RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, folder / "rank.py", folder], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 6: loss") == 1
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOSSES"))[7:])
+    alone = lora(folder / "m.gguf", folder, folder / "one.gguf", replace(OPTIONS, grad_accumulation_steps=2))
+    np.testing.assert_allclose(found, [loss for _, loss in alone.train], rtol=1e-5)
+    with GGUFFile.open(folder / "one.gguf") as a, GGUFFile.open(folder / "two.gguf") as b:
+        for name, tensor in a.tensors.items():
+            one, two = (file.tensors[name].blocks().view(np.float32) for file in (a, b))
+            np.testing.assert_allclose(one, two, atol=1e-4, err_msg=tensor.name)
 
 
 def test_ctrl_c_keeps_what_was_reached(folder: Path) -> None:
