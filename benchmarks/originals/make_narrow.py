@@ -2,11 +2,11 @@
 
     python benchmarks/originals/make_narrow.py smollm2-q4_1.gguf mixed.txt smollm2-512-f16.gguf [--chunks 32]
 
-The residual stream x is projected: z = x B, where B spans the directions of most length in x / rms(x) over all norms and
-is as near to the old channels as a base of that space can be. Of 9 heads the one that adds least goes, each of the other
-8 gets keys and values of its own (copies). Then the layers are fitted in turn on the text: the narrow model runs beside
-the wide one, each matrix is the old one seen through B, plus the ridge solution for what is missing at its output.
-The weights lie on no grid; embeddings stay tied.
+The residual stream x is projected: z = x B. B spans the directions of most length in x / rms(x) over all norms, and is
+as near to the old channels as a base of that space can be. Of 9 heads the one that adds least goes, each of the other 8
+gets keys and values of its own (copies). Then the layers are fitted in turn on the text: the narrow model runs beside
+the wide one, and each matrix is the old one seen through B plus the ridge solution for what its output misses. The
+weights lie on no grid; embeddings stay tied.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,8 +35,8 @@ def normed(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + _EPS)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, base: float) -> Tensor:
-    """Of rows [n_chunk * 512, heads * 64], with ggml's rotation of llama: pairs side by side."""
+def attention(base: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of rows [n_chunk * 512, heads * 64], with ggml's rotation of llama: pairs side by side. base: rope_freq_base."""
     angle = torch.arange(_LENGTH)[:, None] * base ** (-torch.arange(0, _DIM, 2) / _DIM)
     cos, sin = angle.cos(), angle.sin()
 
@@ -70,7 +70,7 @@ def wide_layer(w: Weights, i: int, x: Tensor, rope: float) -> Iterator[Tensor]:
     """Of the wide model: x behind the norm, the attention's output, x between, the ffn's inner rows, x at the end."""
     of: Callable[[str], Tensor] = lambda name: w[f"blk.{i}.{name}.weight"]  # noqa: E731
     y = normed(x) * of("attn_norm")
-    a = attention(*(y @ of(f"attn_{part}").T for part in "qkv"), rope)
+    a = attention(rope, *(y @ of(f"attn_{part}").T for part in "qkv"))
     yield a
     x = x + a @ of("attn_output").T
     yield x
@@ -87,13 +87,9 @@ def space(w: Weights, n_layer: int, x: Tensor, rope: float) -> tuple[Tensor, lis
         cov += normed(between).T @ normed(between)
         o = w[f"blk.{i}.attn_output.weight"]
         spans = [slice(h, h + _DIM) for h in range(0, o.shape[1], _DIM)]
-        least.append(
-            int(
-                np.argmin(
-                    [float((a[:, span] @ o[:, span].T / between.norm(dim=1, keepdim=True)).norm()) for span in spans]
-                )
-            )
-        )
+        size = between.norm(dim=1, keepdim=True)
+        adds = [float((a[:, span] @ o[:, span].T / size).norm()) for span in spans]
+        least.append(adds.index(min(adds)))
     cov += normed(x).T @ normed(x)
     top = torch.linalg.eigh(cov.double())[1][:, -_WIDTH:]
     kept = torch.argsort((top**2).sum(1))[-_WIDTH:].sort().values
@@ -136,7 +132,7 @@ def narrow(w: Weights, n_layer: int, ids: Tensor, rope: float) -> Weights:
         _, between, end = wide_layer(w, i, x, rope)
         names = {f"attn_{part}": w[f"{p}attn_{part}.weight"][rows if part == "q" else kv] for part in "qkv"}
         seen = readers("attn_norm", names, x, z)
-        a = attention(*(seen @ new[f"{p}attn_{part}.weight"].T for part in "qkv"), rope)
+        a = attention(rope, *(seen @ new[f"{p}attn_{part}.weight"].T for part in "qkv"))
         z = writer("attn_output", b.T @ w[f"{p}attn_output.weight"][:, rows], a, between, z)
         seen = readers("ffn_norm", {f"ffn_{part}": w[f"{p}ffn_{part}.weight"] for part in ("gate", "up")}, between, z)
         d = ffn(seen, new[f"{p}ffn_gate.weight"], new[f"{p}ffn_up.weight"])
@@ -167,7 +163,8 @@ def main(source: Path, text: Path, output: Path, chunks: int) -> None:
         new = narrow(w, n_layer, ids, rope)
     n_head = _WIDTH // _DIM
     metadata |= {
-        "general.name": Typed("string", "SmolLM2 cut to a width of 512"), "general.file_type": Typed("u32", _F16),
+        "general.name": Typed("string", "SmolLM2-135M-Instruct, cut to a width of 512"),
+        "general.file_type": Typed("u32", _F16),
         "llama.embedding_length": Typed("u32", _WIDTH), "llama.attention.head_count": Typed("u32", n_head),
         "llama.attention.head_count_kv": Typed("u32", n_head),
     }  # fmt: skip

@@ -2,12 +2,12 @@
 
     python benchmarks/originals/make_original.py smollm2-q4_1.gguf smollm2-off-grid-f16.gguf
 
-The registries have SmolLM2 as Q4_1 alone, and dequantized weights lie on Q4_1's grid. A llama's function does not change
-if all that writes the residual stream x is multiplied by an orthogonal Q and all that reads it by Q again: RMSNorm sees
-a length alone, once its weights g are in the matrices behind it (W diag(g) Q diag(1 / g')). Q mixes each channel with
-others of its group: 0.2 of its length is theirs, about 0.7 steps of the old grid. The tied embeddings read x behind the
-last norm and cannot absorb its weights, so the channels of a group are those whose last weights are nearest, and these
-become their common mean. That, and F16, are all that changes: --help's text says how to measure it.
+The registries have SmolLM2 as Q4_1 alone, and dequantized weights lie on Q4_1's grid. A llama's function stays if all
+that writes the residual stream x is multiplied by an orthogonal Q and all that reads it by Q again: RMSNorm sees only a
+length, once its weights g are in the matrices behind it (W diag(g) Q diag(1 / g')). Q mixes each channel with others of
+its group: 0.2 of its length is theirs, about 0.7 steps of the old grid. The tied embeddings read x behind the last norm
+and cannot absorb its weights, so the channels of a group are those whose last weights are nearest, and these become
+their common mean. That, and F16, are all that changes: --help says how to measure it.
 """
 
 from pathlib import Path
@@ -98,7 +98,8 @@ def main(source: Path, output: Path, group: int, share: float, seed: int) -> Non
         metadata = {key: file.metadata.typed(key) for key in file.metadata}
         n_layer = int(file.metadata["llama.block_count"])
         ne = {name: tensor.ne for name, tensor in file.tensors.items()}
-    metadata["general.file_type"] = Typed("u32", _F16)
+    name = "SmolLM2-135M-Instruct, its residual stream turned off the grid of Q4_1"
+    metadata |= {"general.name": Typed("string", name), "general.file_type": Typed("u32", _F16)}
     groups = groups_of(w["output_norm.weight"], group)
     new = turned(w, n_layer, turn(len(w["output_norm.weight"]), groups, share, seed), groups)
     types = {name: type_by_name("F32" if len(shape) == 1 else "F16") for name, shape in ne.items()}

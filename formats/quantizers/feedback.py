@@ -7,6 +7,7 @@ Frantar et al., arXiv:2210.17323). `_descend` then changes codes and scales, one
 Rows are independent of each other. Columns come in blocks of the type. metric.py prepares H.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def _value(code: Any, levels: Any) -> Any:
 @njit(forceinline=True)
 def _nearest(x: Any, levels: Any, low: int, high: int) -> Any:
     """The code whose value is nearest to x: a whole number of low .. high, or an index of levels, if there are any."""
-    best = np.int64(min(max(np.rint(x), np.float32(low)), np.float32(high)))
+    best: Any = np.int64(min(max(np.rint(x), np.float32(low)), np.float32(high)))
     if len(levels):
         best = 0
         for code in range(1, len(levels)):
@@ -191,6 +192,8 @@ def round_rows(
     for first in range(0, n, block):
         here = slice(first, first + block)
         part = unpack(quantize(rest[:, here], type, importance[here], 1, type.name in SEARCHES), type)
+        if not form.shared and type.name not in SEARCHES:
+            part = replace(part, scale=part.scale[:, :1].copy())  # ternary types store one, which `unpack` repeats
         _feed_back(rest, first, *part.steps(), metric.factor, part.code, levels, form.q_min, form.q_max)
         parts.append(part)
     if sweeps:

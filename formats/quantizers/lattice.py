@@ -33,10 +33,10 @@ def _nearest(x: Any, bits: Any, least: Any) -> Any:
 
 
 @njit
-def _fit(y: Any, unit: Any, d: Any, q_min: Any, q_max: Any, q: Any) -> Any:
+def _fit(y: Any, below: Any, above: Any, d: Any, q_min: Any, q_max: Any, q: Any) -> Any:
     """Fill q with the codes of y f64[:] for a step near d. Return the middle of the steps that all weights allow.
 
-    unit: the distance of neighbours near each weight: half of it is what rounding has moved. NaN: there is no step.
+    below, above: how far rounding can have moved each weight, up and down. NaN: there is no step.
     """
     low, high = -np.inf, np.inf
     for i in range(len(y)):
@@ -44,8 +44,8 @@ def _fit(y: Any, unit: Any, d: Any, q_min: Any, q_max: Any, q: Any) -> Any:
         v = np.float64(np.float64(v + 1.5 * 2.0**52) - 1.5 * 2.0**52)
         q[i] = np.int64(v)
         if v != 0:
-            reach = abs(0.5 * unit[i] / v)
-            low, high = max(low, y[i] / v - reach), min(high, y[i] / v + reach)
+            a, b = (y[i] - below[i]) / v, (y[i] + above[i]) / v
+            low, high = max(low, min(a, b)), min(high, max(a, b))
     return 0.5 * (low + high) if low <= high else np.nan
 
 
@@ -63,20 +63,23 @@ def _recover(
     x: Any, bits: Any, least: Any, q_min: Any, q_max: Any, code: Any, scale: Any, minimum: Any, fits: Any
 ) -> None:
     """x f32[n, 32]. Fills code i8[n, 32], scale f32[n], minimum f32[n] or f32[0], fits bool[n]."""
-    y, unit = np.empty(x.shape[1]), np.empty(x.shape[1])
+    y, below, above = np.empty(x.shape[1]), np.empty(x.shape[1]), np.empty(x.shape[1])
     first = min(-q_min, 127) if q_min < 0 else q_max  # the greatest code of ggml's, which never uses -128
     for b in range(len(x)):
         w, q = x[b], code[b]
         m = np.float64(w.min()) if len(minimum) else 0.0
         top = 0.0
         for i in range(len(w)):
-            y[i], unit[i] = w[i] - m, _unit(np.float64(w[i]), bits, least)
+            y[i], v = w[i] - m, np.float64(w[i])
+            # Neighbours of a power of two are nearer on the side of zero.
+            outer, inner = 0.5 * _unit(v, bits, least), 0.5 * _unit(v * (1 - 2.0**-40), bits, least)
+            below[i], above[i] = (inner, outer) if v > 0 else (outer, inner)
             top = y[i] if abs(y[i]) > abs(top) else top
         fits[b] = False
         peak = first if abs(top) < np.inf and m == _nearest(m, 11, -24) else 0
         while peak > 0 and not fits[b]:
             d = top / -peak if peak > q_max else abs(top) / peak
-            middle = _fit(y, unit, d, q_min, q_max, q)
+            middle = _fit(y, below, above, d, q_min, q_max, q)
             near = _nearest(d, 11, -24)
             for step in (near if near != 0 else d * 0.0, _nearest(middle, 11, -24)):
                 if not fits[b] and _is_fit(w, q, step, m, bits, least):

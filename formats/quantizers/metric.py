@@ -10,7 +10,7 @@ from gguf_run.formats.frozen import frozen
 _DAMPING = 0.01  # part of the mean of diag(H) that is added to it
 _DOUBLE = 4096  # columns up to which the factor is computed in float64
 
-_Matrix = NDArray[Any]
+_Matrix = NDArray[np.floating[Any]]
 
 
 @frozen
@@ -21,6 +21,11 @@ class Metric:
     factor: NDArray[np.float32]  # [n, n] U, upper triangular, so that UT U is the inverse of moments
     order: NDArray[np.int64]  # [n / block]: which block of the matrix comes first, second, ...
     block: int  # columns of a block
+
+
+def memory_for(n: int) -> int:
+    """Return how many bytes `make_metric` needs for n columns, the moments and the result included."""
+    return n * n * (42 if n <= _DOUBLE else 28)
 
 
 def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: bool) -> Metric:
@@ -37,9 +42,9 @@ def make_metric(moments: NDArray[np.float32], block: int, rho: float, by_mass: b
         order = np.argsort(-diagonal.reshape(-1, block).sum(axis=1), kind="stable")
     columns = np.arange(n).reshape(-1, block)[order].reshape(-1)
     diagonal = diagonal[columns] + _DAMPING * max(diagonal.mean(), 1e-20)
-    h = moments[np.ix_(columns, columns)].astype(np.float64 if n <= _DOUBLE else np.float32)
+    h: _Matrix = moments[np.ix_(columns, columns)].astype(np.float64 if n <= _DOUBLE else np.float32)
     while True:
-        shrunk = h * h.dtype.type(1 - rho)
+        shrunk = h * (1 - rho)
         np.fill_diagonal(shrunk, diagonal)
         try:
             # For J, which reverses columns, and J H J = L LT, the inverse of J L J is U.

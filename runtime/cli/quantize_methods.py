@@ -40,13 +40,16 @@ def with_methods(plan: Plan, n_threads: int, given: Mapping[str, Any]) -> Plan:
 def _method(text: str) -> tuple[str, GptqOptions]:
     """Return the name and the options of a --method, as gptq:rho=0.3,sweeps=0."""
     name, _, rest = text.partition(":")
-    kinds = {field.name: type(field.default) for field in fields(GptqOptions)}
+    kinds: dict[str, type] = {field.name: type(field.default) for field in fields(GptqOptions)}
     try:
         if name not in ("awq", "gptq") or (rest and name == "awq"):
             raise ValueError
         pairs = dict(pair.split("=", 1) for pair in rest.split(",")) if rest else {}
-        return name, GptqOptions(**{key: kinds[key](value) for key, value in pairs.items()})
+        options = GptqOptions(**{key: kinds[key](value) for key, value in pairs.items()})
+        if not (0 <= options.rho <= 1 and options.sweeps >= 0):
+            raise ValueError
+        return name, options
     except (ValueError, KeyError):
         raise OptionError(
-            f"--method {text}: allowed are awq, gptq and gptq:NAME=NUMBER,... of {', '.join(kinds)}"
+            f"--method {text}: allowed are awq, gptq and gptq:NAME=NUMBER,... of {', '.join(kinds)}; rho is 0 to 1"
         ) from None

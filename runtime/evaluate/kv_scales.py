@@ -2,10 +2,10 @@
 
 The model reads a text with an f32 cache. A place is K or V of one layer. For each place and each cache type, the model
 reads the text again with that type in that place alone; the KL divergence of its predictions is the cost. The costs of
-several places about add up. With a budget of bits, each place starts with the smallest type. Then, again and again, the
-change that saves most divergence per bit is made.
+several places about add up. With a budget of bits, the types of least total cost are found.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from gguf_run.models.kv_moves import export
 from gguf_run.runtime.engine.scores import logits as row_logits
 from gguf_run.runtime.evaluate.text import Chunk, Scorer
 from gguf_run.runtime.load.kv_scales import LayerScales
+from gguf_run.runtime.quantize.allocate import cheapest
 
 N_SCORED = 64  # tokens at a chunk's end whose predictions are compared
 KINDS = "kv"
@@ -118,20 +119,9 @@ def best_types(costs: Costs, config: ModelConfig, budget: float) -> list[tuple[s
 
     The budget has passed check_budget.
     """
-    bits = {name: bits_of(name, config.head_dim) for name in costs}
-    smallest = min(bits, key=lambda name: bits[name])
-    places = [(kind, il) for il in range(config.n_layer) for kind in KINDS]
-    types = dict.fromkeys(places, smallest)
-    left = (budget - bits[smallest]) * len(places)
-    while True:
-        gains = [
-            ((costs[types[kind, il]][kind][il] - costs[name][kind][il]) / more, more, kind, il, name)
-            for kind, il in places
-            for name in costs
-            if 0 < (more := bits[name] - bits[types[kind, il]]) <= left
-        ]
-        gain, more, kind, il, name = max(gains, default=(0.0, 0.0, "", 0, ""))
-        if gain <= 0:
-            return [(types["k", il], types["v", il]) for il in range(config.n_layer)]
-        types[kind, il] = name
-        left -= more
+    names, places = [*costs], [(kind, il) for il in range(config.n_layer) for kind in KINDS]
+    sizes = np.array([round(bits_of(name, config.head_dim) * GROUP * config.head_dim) for name in names])
+    losses = [np.array([costs[name][kind][il] for name in names]) for kind, il in places]
+    most = math.floor(budget * GROUP * config.head_dim * len(places))
+    types = [names[pick] for pick in cheapest([sizes] * len(places), losses, most)]
+    return list(zip(types[::2], types[1::2], strict=True))

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.moments import Moments
 from gguf_run.formats.quantizers.feedback import round_rows
-from gguf_run.formats.quantizers.metric import Metric, make_metric
+from gguf_run.formats.quantizers.metric import Metric, make_metric, memory_for
+from gguf_run.runtime.load.machine import available_memory
 from gguf_run.runtime.quantize.item import Change, Item
 from gguf_run.runtime.quantize.plan import Plan
+from gguf_run.runtime.terminal.text import size_text
 
 _KEPT = 3  # factorized inputs in memory: the matrices of one input are near each other in a file
 
@@ -58,7 +60,7 @@ class Gptq:
 def with_gptq(plan: Plan, moments: Moments, options: GptqOptions) -> Plan:
     """Return the plan with this method for each matrix whose second moments are known. A note names the others.
 
-    FormatError for moments that are not finite. OptionError if the method fits no matrix.
+    FormatError for moments that are not finite. OptionError if the method fits no matrix or if memory is too small.
     """
     rounded = [item for item in plan.items if item.target.type.is_quantized and not item.is_copy]
     groups = {item.target.name: group for item in rounded if (group := moments.group(item.source.name))}
@@ -66,6 +68,13 @@ def with_gptq(plan: Plan, moments: Moments, options: GptqOptions) -> Plan:
         raise OptionError("--method gptq: no matrix becomes quantized and has second moments: choose another type")
     for group in {*groups.values()}:
         moments.sums(group)
+    n = max(item.source.ne[0] for item in rounded if item.target.name in groups)
+    needed, available = memory_for(n), available_memory()
+    if available is not None and needed > available:
+        raise OptionError(
+            f"--method gptq: matrices of {n} columns need {size_text(needed)} of memory, {size_text(available)} are "
+            "available: take a machine with more memory"
+        )
     changes = {groups[item.target.name]: item.change for item in rounded if item.target.name in groups and item.change}
     rounding = Gptq(moments, changes, options)
     items = [replace(item, rounding=rounding) if item.target.name in groups else item for item in plan.items]

@@ -81,15 +81,12 @@ def test_from_bf16(name):
     assert fits.all()
     assert as_rows(again).tobytes() == blocks.tobytes()
 
-    blocks = trained(name, bits=10)
+    blocks = trained(name, bits=10, n_rows=1000)  # some weights are powers of two
     x = stored(dequantize(blocks, name), "BF16")
     again, fits = recover(x, type)
-    assert fits.mean() > 0.99
-    assert_same_bits(
-        stored(dequantize(as_rows(again), name), "BF16")[np.repeat(fits, 32, axis=1)],
-        (x + np.float32(0))[np.repeat(fits, 32, axis=1)],
-    )
-    assert (unpack(as_rows(again), type).code == unpack(blocks, type).code)[np.repeat(fits, 32, axis=1)].all()
+    assert fits.all()
+    assert_same_bits(stored(dequantize(as_rows(again), name), "BF16"), x + np.float32(0))
+    assert (unpack(as_rows(again), type).code == unpack(blocks, type).code).all()
 
 
 def test_a_lattice_of_another_type_is_none():
