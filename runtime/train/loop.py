@@ -17,6 +17,7 @@ import torch
 from gguf_run.formats.atomic import replacing
 from gguf_run.formats.errors import FormatError, GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.formats.gguf.writer import GGUFWriter
 from gguf_run.runtime.train.data import Batch, Batches, Reader
 from gguf_run.runtime.train.losses import Losses
 from gguf_run.runtime.train.model import TorchModel
@@ -150,6 +151,7 @@ class Trainer:
         if options.max_seq_length > n_train:
             limit = f"the model was trained with {n_train} tokens"
             raise OptionError(f"--max-seq-length is {options.max_seq_length}: {limit}, which is the most")
+        GGUFWriter(self.output, {}, [], inputs=self.file.paths).abort()  # what is wrong with it shows now
         reader = Reader(self.file, options.max_seq_length, options.mask_prompt)
         found = reader.read(self.data, "train")
         if not found:

@@ -331,6 +331,7 @@ def test_the_command(folder: Path) -> None:
     for args, words in (
         (("--rank", 0), "--rank 0 --num-layers 16 --dropout 0.0 --scale 20.0: allowed are a rank from 1"),
         (("--keys", "attn_x"), "--keys attn_x: the model has no such matrices; it has attn_k attn_output attn_q"),
+        (("-o", folder / "adapter" / "a.gguf"), "adapter/a.gguf: there is no folder"),
         (("--iters", 0), "--iters is 0; allowed: whole numbers from 1"),
         (("--learning-rate", 2), "--learning-rate is 2.0; allowed: numbers between 0 and 1"),
         (("--lr-schedule", "x"), "--lr-schedule is x; allowed: constant, cosine"),
