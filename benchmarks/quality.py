@@ -21,10 +21,10 @@ import numpy as np
 from gguf_run import quantize_model
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.runtime.cli.imatrix import main as imatrix
-from gguf_run.runtime.cli.report import load_scorer
-from gguf_run.runtime.evaluate.compare_files import compared, known_base
+from gguf_run.runtime.evaluate.compare_files import compared, known_base, scoring
 from gguf_run.runtime.evaluate.kl import Comparison, kl_ratio
 from gguf_run.runtime.evaluate.text import N_CTX, Scorer
+from gguf_run.runtime.load.options import LoadOptions
 from gguf_run.runtime.quantize.file import bits_per_weight
 
 _VARIANTS = ("gptq", "target", "target+gptq", "awq", "awq+gptq")
@@ -73,8 +73,8 @@ def _scores(path: Path) -> Path:
 def measure(original: Path, paths: Sequence[Path], texts: Sequence[Path], n_chunk: int, n_threads: int) -> None:
     """Keep the scores of each file that has none, TOKEN_SCORES[len(texts), n_chunk, n_scored], beside it."""
 
-    def load(path: Path) -> AbstractContextManager[Scorer]:
-        return load_scorer(str(path), {}, n_ctx=N_CTX, n_threads=n_threads, device="cpu")
+    def load(source: Path | GGUFFile) -> AbstractContextManager[Scorer]:
+        return scoring(source, LoadOptions(n_ctx=N_CTX, n_threads=n_threads, device="cpu"))
 
     todo = [path for path in paths if not _scores(path).exists()]
     if todo:

@@ -179,15 +179,15 @@ def round_rows(
 ) -> NDArray[np.uint8]:
     """Return the blocks of rows f32[n_rows, n], uint8[n_rows, row_bytes].
 
-    The scales of a block are those of ggml's search, weighted by diag(H), for its columns as the errors left them. Then
-    the columns are swept so many times: codes are improved, and scales, too, if `refit`. Types whose scales are floats
-    of 8 bits keep them.
+    The scales of a block are those of ggml's search, weighted by importance, for its columns as the errors left them.
+    Then the columns are swept so many times: codes are improved, and scales, too, if `refit`. Types whose scales are
+    floats of 8 bits keep them.
     FormatError for what `quantize` does not take.
     """
     form, block, (n_rows, n) = INTEGER_FORMS[type.name], metric.block, x.shape
     levels = form.grid()[:16].astype(np.float32)
     w = x.reshape(n_rows, -1, block)[:, metric.order].reshape(n_rows, n)
-    importance, rest = np.diag(metric.moments), w.copy()
+    importance, rest = metric.importance, w.copy()
     parts: list[Codes] = []
     for first in range(0, n, block):
         here = slice(first, first + block)

@@ -22,6 +22,11 @@ class Metric:
     order: NDArray[np.int64]  # [n / block]: which block of the matrix comes first, second, ...
     block: int  # columns of a block
 
+    @property
+    def importance(self) -> NDArray[np.float32]:
+        """What an error in each column costs, f32[n], once the columns after it have made up for it."""
+        return np.diag(self.factor) ** -2
+
 
 def memory_for(n: int) -> int:
     """Return how many bytes `make_metric` needs for n columns, the moments and the result included."""

@@ -10,6 +10,7 @@ import click
 from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.imatrix import Imatrix
 from gguf_run.formats.gguf.moments import Moments
+from gguf_run.runtime.load.machine import available_memory
 from gguf_run.runtime.quantize.fold import awq
 from gguf_run.runtime.quantize.gptq import GptqOptions, with_gptq
 from gguf_run.runtime.quantize.lattice import with_lattice
@@ -33,7 +34,7 @@ def with_methods(plan: Plan, n_threads: int, given: Mapping[str, Any]) -> Plan:
         with Moments.open(path) if is_full else nullcontext() as moments, progress("scaling channels") as bar:
             plan = awq(plan, moments, n_threads, bar.set)
     if "gptq" in methods:
-        plan = with_gptq(plan, Moments.open(path), methods["gptq"])
+        plan = with_gptq(plan, Moments.open(path), methods["gptq"], available_memory())
     return with_lattice(plan) if given["keep_lattice"] else plan
 
 

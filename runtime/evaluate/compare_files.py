@@ -87,8 +87,8 @@ def layers(file: GGUFFile, base: GGUFFile) -> Iterator[tuple[int, GGUFFile]]:
 
 
 @contextmanager
-def scoring(file: GGUFFile, options: LoadOptions) -> Iterator[Scorer]:
-    """Load an open file, and what scores its tokens."""
+def scoring(file: Path | GGUFFile, options: LoadOptions) -> Iterator[Scorer]:
+    """Load a file, and what scores its tokens."""
     with Model.load(file, options) as model, Scorer(model, options.n_threads or default_threads()) as scorer:
         yield scorer
 

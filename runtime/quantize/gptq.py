@@ -16,10 +16,8 @@ from gguf_run.formats.errors import OptionError
 from gguf_run.formats.gguf.moments import Moments
 from gguf_run.formats.quantizers.feedback import round_rows
 from gguf_run.formats.quantizers.metric import Metric, make_metric, memory_for
-from gguf_run.runtime.load.machine import available_memory
 from gguf_run.runtime.quantize.item import Change, Item
 from gguf_run.runtime.quantize.plan import Plan
-from gguf_run.runtime.terminal.text import size_text
 
 _KEPT = 3  # factorized inputs in memory: the matrices of one input are near each other in a file
 
@@ -57,9 +55,10 @@ class Gptq:
         return round_rows(x, type, metric, self._options.sweeps, bool(self._options.refit))
 
 
-def with_gptq(plan: Plan, moments: Moments, options: GptqOptions) -> Plan:
+def with_gptq(plan: Plan, moments: Moments, options: GptqOptions, available: int | None = None) -> Plan:
     """Return the plan with this method for each matrix whose second moments are known. A note names the others.
 
+    available: bytes of memory; None: not known.
     FormatError for moments that are not finite. OptionError if the method fits no matrix or if memory is too small.
     """
     rounded = [item for item in plan.items if item.target.type.is_quantized and not item.is_copy]
@@ -69,11 +68,11 @@ def with_gptq(plan: Plan, moments: Moments, options: GptqOptions) -> Plan:
     for group in {*groups.values()}:
         moments.sums(group)
     n = max(item.source.ne[0] for item in rounded if item.target.name in groups)
-    needed, available = memory_for(n), available_memory()
+    needed = memory_for(n)
     if available is not None and needed > available:
         raise OptionError(
-            f"--method gptq: matrices of {n} columns need {size_text(needed)} of memory, {size_text(available)} are "
-            "available: take a machine with more memory"
+            f"--method gptq: matrices of {n} columns need {needed / 1e6:.0f} MB of memory, "
+            f"{available / 1e6:.0f} MB are available: take a machine with more memory"
         )
     changes = {groups[item.target.name]: item.change for item in rounded if item.target.name in groups and item.change}
     rounding = Gptq(moments, changes, options)

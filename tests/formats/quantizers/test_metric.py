@@ -27,6 +27,15 @@ def test_factor(n_tokens: int, double: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert np.abs(u @ h @ u.T - np.eye(160)).max() < (1e-3 if double else 1e-2)
 
 
+def test_importance() -> None:
+    """It is that of each column when the later ones are free: 1 / inverse[0, 0] of the moments from there on."""
+    metric = make_metric(moments(64, 500), 32, 0.5, True)
+    h = metric.moments.astype(np.float64)
+    assert metric.importance == pytest.approx([1 / np.linalg.inv(h[j:, j:])[0, 0] for j in range(64)], rel=1e-4)
+    diagonal = make_metric(moments(64, 500), 32, 1.0, True)
+    assert diagonal.importance == pytest.approx(np.diag(diagonal.moments), rel=1e-5)
+
+
 def test_shrunk_and_damped() -> None:
     h = moments(64, 500)
     expected = (0.75 * h).astype(np.float64)
