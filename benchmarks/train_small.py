@@ -57,7 +57,7 @@ def write_random(path: Path) -> None:
     save(path, metadata, weights)
 
 
-def save(path: Path, metadata: dict, weights: dict) -> None:  # type: ignore[type-arg]
+def save(path: Path, metadata: dict, weights: dict) -> None:
     infos = [TensorInfo(name, x.shape[::-1], type_by_name("F32")) for name, x in weights.items()]
     with GGUFWriter(path, metadata, infos) as writer:
         for name, x in weights.items():

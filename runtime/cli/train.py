@@ -3,7 +3,9 @@
 Lines about steps go to stderr.
 """
 
+import ctypes
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
@@ -53,6 +55,10 @@ PAIRS = [
 ]
 
 
+# Of glibc's malloc.h: larger pieces of memory go back to the system at once. Else a step's leave holes of a GB.
+_M_MMAP_THRESHOLD = -3
+
+
 class Group(Command, click.Group):
     """A click group whose subcommands are of the class Command."""
 
@@ -78,6 +84,8 @@ def _made(kind: type, given: Mapping[str, Any]) -> Any:
 
 def _trained(run: "Callable[..., Losses]", data: Path, output: Path, *options: Any) -> None:
     """Train, with a bar of progress, and tell where the result is."""
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has that
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     with progress("training", "steps") as bar:
         run(data, output, *options, report=bar.message, progress=bar.set)
     message(f"{output} is written; losses: {output}.svg")

@@ -19,7 +19,7 @@ from gguf_run.runtime.train.backend import TorchBackend, TorchLoader
 from gguf_run.runtime.train.memory import Held, Memory, names_read
 from gguf_run.runtime.train.ops import FUNCTIONS
 
-CHUNK = 512  # tokens whose logits are in memory at once
+CHUNK = 128  # tokens whose logits are in memory at once
 
 
 class TorchModel:
