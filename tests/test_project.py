@@ -46,8 +46,10 @@ def module_of(path: Path) -> str:
     return ".".join(("gguf_run", *path.relative_to(ROOT).with_suffix("").parts))
 
 
-def is_gpu(path: Path) -> bool:
-    return path.relative_to(ROOT).parts[0] == "kernels_gpu"
+def has_torch(path: Path) -> bool:
+    """Whether a source may import torch: only who asks for a GPU or for training imports such sources."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] == "kernels_gpu" or parts[:2] == ("runtime", "train")
 
 
 def test_all_sources_are_packaged() -> None:
@@ -60,7 +62,7 @@ def test_all_sources_are_packaged() -> None:
 def test_modules_need_core_dependencies_only() -> None:
     """What a plain `pip install gguf-run` lacks may be imported late, never at the top.
 
-    kernels_gpu and the server need their extras in any case.
+    kernels_gpu, training and the server need their extras in any case.
     """
     project = PYPROJECT["project"]
     core, serve = (
@@ -69,7 +71,7 @@ def test_modules_need_core_dependencies_only() -> None:
     )
     allowed = core | {"gguf_run", "llvmlite"} | sys.stdlib_module_names  # llvmlite comes with numba
     for path in SOURCES:
-        if not is_gpu(path):
+        if not has_torch(path):
             found = {name.split(".")[0] for name in imports(path.read_text(), everywhere=False)}
             assert found <= allowed | (serve if path.parent.name == "serve" else set()), path
 
@@ -83,7 +85,7 @@ def test_numba_decorators_come_from_one_place() -> None:
 
 def test_cpu_modules_never_load_torch() -> None:
     """Not through a dependency either."""
-    names = ", ".join(module_of(path) for path in SOURCES if not is_gpu(path))
+    names = ", ".join(module_of(path) for path in SOURCES if not has_torch(path))
     code = f"import sys, {names}; print([name for name in ('torch', 'triton', 'transformers') if name in sys.modules])"
     assert run_python(code).strip() == "[]"
 
