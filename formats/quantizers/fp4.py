@@ -131,4 +131,4 @@ def _encoders(name: str, mxfp4: tuple[int, int], nvfp4: tuple[int, int]) -> dict
 
 
 FP4_QUANTIZERS = block_quantizers(**_encoders("reference", (0, 0), (0, 0)))
-FP4_SEARCHES = block_quantizers("search", **_encoders("search", (1, 1), (4, 6)))
+FP4_SEARCHES = block_quantizers("search", **_encoders("search", (1, 1), (6, 6)))

@@ -142,9 +142,9 @@ def kl(**given: Any) -> None:
     params=[click.Argument(["models"], nargs=-1, required=True, shell_complete=complete.models), *COMPARE_OPTIONS],
     examples=(
         "gguf-eval compare q4.gguf q4-gptq.gguf --base f16.gguf -f wiki.txt -f code.txt",
-        "gguf-eval compare q3.gguf q4.gguf q5.gguf --base f16.gguf -f wiki.txt -o quality.svg",
+        "gguf-eval compare q3.gguf q4.gguf --base f16.gguf -f wiki.txt -o quality.svg",
         "gguf-eval compare q4.gguf --base f16.gguf -f wiki.txt --chunks 64 --json",
-        "gguf-eval compare q4.gguf --base f16.gguf -f wiki.txt --chunks 4 --by-layer -o layers.svg",
+        "gguf-eval compare q4.gguf --base f16.gguf -f wiki.txt --by-layer -o layers.svg",
     ),
 )
 def compare(**given: Any) -> None:

@@ -39,7 +39,7 @@ _KV_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"t
         "gguf-quantize f16.gguf q3.gguf Q3_K_M --imatrix imatrix.gguf",
         "gguf-quantize f16.gguf Q5_K_S --dry-run",
         "gguf-quantize f16.gguf out.gguf Q4_K_M --tensor-type ffn_down=Q6_K",
-        "gguf-quantize f16.gguf out.gguf --target-size 800M --imatrix imatrix.gguf --probe calibration.txt",
+        "gguf-quantize f16.gguf out.gguf --target-size 800M --probe calibration.txt",
     ),
 )
 @click.argument("model", metavar="IN", shell_complete=complete.models)

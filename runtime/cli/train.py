@@ -70,6 +70,7 @@ class Group(Command, click.Group):
     Group,
     examples=(
         "gguf-train lora model.gguf --data folder -o adapter.gguf --mask-prompt",
+        "gguf-train qat model-f16.gguf --type Q4_0 --data text.txt -o q4.gguf",
         "gguf-run model.gguf --lora adapter.gguf",
     ),
 )
@@ -100,7 +101,7 @@ def _need_torch() -> None:
     params=[MODEL, DATA, OUTPUT, *STEPS, *PAIRS],
     examples=(
         "gguf-train lora model.gguf --data folder -o adapter.gguf --mask-prompt",
-        "gguf-train lora model.gguf --data folder -o adapter.gguf --iters 300 --rank 16",
+        "gguf-train lora model.gguf --data folder -o a.gguf --iters 300 --rank 16",
         "gguf-train lora model.gguf --data folder -o adapter.gguf --resume",
     ),
 )
@@ -130,7 +131,8 @@ def lora(model: str, data: Path, output: Path, **given: Any) -> None:
     ],
     examples=(
         "gguf-train qat model-f16.gguf --type Q4_0 --data text.txt -o model-q4.gguf",
-        "gguf-train qat f16.gguf --start gptq.gguf --data text.txt -o q4.gguf --iters 300",
+        "gguf-train qat f16.gguf --start gptq.gguf --data text.txt -o q4.gguf",
+        "gguf-train qat f16.gguf --type Q2_K --data text.txt -o q2.gguf --iters 300",
     ),
 )
 def qat(model: str, kind: str | None, data: Path, output: Path, start: Path | None, **given: Any) -> None:
@@ -157,7 +159,11 @@ def qat(model: str, kind: str | None, data: Path, output: Path, start: Path | No
         OUTPUT,
         *STEPS,
     ],
-    examples=("gguf-train distill q3.gguf --teacher f16.gguf --data text.txt -o better.gguf",),
+    examples=(
+        "gguf-train distill q3.gguf --teacher f16.gguf --data text.txt -o out.gguf",
+        "gguf-train distill q3.gguf --teacher f16.gguf --data folder -o out.gguf",
+        "gguf-eval compare q3.gguf out.gguf --base f16.gguf -f other.txt",
+    ),
 )
 def distill(model: str, teacher: str, data: Path, output: Path, **given: Any) -> None:
     """Train the scales, minimums and norms of a quantized file. The loss is the divergence from the teacher."""
@@ -180,7 +186,8 @@ def distill(model: str, teacher: str, data: Path, output: Path, **given: Any) ->
     ],
     examples=(
         "gguf-train merge model-f16.gguf adapter.gguf -o merged.gguf",
-        "gguf-train merge model-q4.gguf adapter.gguf -o merged.gguf --type Q8_0 -f text.txt",
+        "gguf-train merge q4.gguf adapter.gguf -o merged.gguf --type Q8_0",
+        "gguf-train merge q4.gguf adapter.gguf -o merged.gguf -f text.txt",
     ),
 )
 def merge(**given: Any) -> None:
@@ -201,7 +208,11 @@ def merge(**given: Any) -> None:
         option("--peft", "As a PEFT adapter, for transformers: the only form yet.", is_flag=True, required=True),
         option("--output -o", "The folder to write.", type=PATH, required=True),
     ],
-    examples=("gguf-train export adapter.gguf --base model.gguf --peft -o folder",),
+    examples=(
+        "gguf-train export adapter.gguf --base model.gguf --peft -o folder",
+        "gguf-convert folder --base hf_folder -o adapter.gguf",
+        "gguf-run model.gguf --lora adapter.gguf",
+    ),
 )
 def export(adapter: Path, base: Path, peft: bool, output: Path) -> None:
     """Write a GGUF adapter in the form of another program. gguf-convert reads it back."""

@@ -27,7 +27,7 @@ from gguf_run.runtime.quantize.rules import Choice
 
 # The types that are tried, and the one that is probed: the first row whose number divides the rows of a tensor.
 _LADDERS = (
-    (256, ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), "Q3_K"),
+    (256, ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), "Q4_K"),
     (32, ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), "IQ4_NL"),
 )
 _N_SAMPLE = 128  # rows of a tensor that tell the errors of all
