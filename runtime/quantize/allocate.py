@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +144,22 @@ def check_size(plan: Plan, size: int) -> None:
         raise OptionError(f"the target is {size} bytes: the types for this model make files of {low} to {high} bytes")
 
 
+def steadied(costs: Mapping[str, float]) -> dict[str, float]:
+    """Return the geometric mean of each cost and the mean cost of the same matrix in all layers.
+
+    Few tokens are read for a probe, and a single tensor can look as if it cost nothing, or all.
+    """
+    of_kind: dict[str, list[float]] = {}
+    for name, cost in costs.items():
+        of_kind.setdefault(_kind(name), []).append(cost)
+    return {name: math.sqrt(cost * fmean(of_kind[_kind(name)])) for name, cost in costs.items()}
+
+
+def _kind(name: str) -> str:
+    """Return what a tensor is called in all layers."""
+    return name.split(".", 2)[-1] if name.startswith("blk.") else name
+
+
 def allocate(plan: Plan, costs: Mapping[str, float], size: int, n_threads: int) -> tuple[Plan, float]:
     """Return the plan with types that make a file of at most `size` bytes, and the KL divergence that is expected.
 
@@ -152,6 +169,7 @@ def allocate(plan: Plan, costs: Mapping[str, float], size: int, n_threads: int) 
     free, (fixed, sizes) = places(plan), _sizes(plan)
     with ThreadPoolExecutor(n_threads) as pool:
         errors = list(pool.map(relative_errors, free, map(_types, free)))
+    costs = steadied({name_of(place): costs[name_of(place)] for place in free})
     kls = [costs[name_of(place)] * np.array(error) for place, error in zip(free, errors, strict=True)]
     picks = cheapest(sizes, kls, size - fixed)
     expected = sum(float(kl[pick]) for kl, pick in zip(kls, picks, strict=True))

@@ -27,6 +27,7 @@ from gguf_run.runtime.quantize.allocate import (
     probe_type,
     relative_errors,
     size_at,
+    steadied,
 )
 from gguf_run.runtime.quantize.file import quantize_file
 from gguf_run.runtime.quantize.file_types import FILE_TYPES, file_type
@@ -79,7 +80,7 @@ def test_errors_are_those_of_all_rows(plan: Plan) -> None:
         error = dequantize(quantize(x.astype(np.float32), type), type) - x
         expected.append((error**2).sum() / (x**2).sum())
     assert relative_errors(place, types) == pytest.approx(expected, rel=1e-5)
-    assert probe_type(place).name == "Q3_K"
+    assert probe_type(place).name == "Q4_K"
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.71, 1.0])
@@ -132,3 +133,12 @@ def test_bits_per_weight_and_types_that_the_user_names(tmp_path: Path) -> None:
             weights[item.target.type.name] += item.target.n_elements
         [(most, _)] = weights.most_common(1)
         assert chosen.metadata["general.file_type"] == Typed("u32", file_type(most).id)
+
+
+def test_costs_are_steadied() -> None:
+    """One layer that stands out comes nearer to the others; a tensor that is alone keeps its cost."""
+    costs = {"blk.0.ffn_up.weight": 9.0, "blk.1.ffn_up.weight": 0.0, "blk.2.ffn_up.weight": 3.0, "output.weight": 5.0}
+    found = steadied(costs)
+    assert found == pytest.approx({
+        "blk.0.ffn_up.weight": 6.0, "blk.1.ffn_up.weight": 0.0, "blk.2.ffn_up.weight": 12**0.5, "output.weight": 5.0,
+    })  # fmt: skip
