@@ -7,7 +7,7 @@
 
 OUT gets mixed.txt (calibration: six kinds, in turns), wiki-calib.txt (what chunks 200 and more of wiki.test.raw hold),
 code.txt (JavaScript: a kind that mixed.txt has not), chat.txt (conversations that mixed.txt has not) and train.txt (for
-make_small.py: no document of it stands in another file). write_chats.py writes CHATS.json.
+train_small.py: no document of it stands in another file). write_chats.py writes CHATS.json.
 """
 
 import gzip
