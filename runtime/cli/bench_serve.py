@@ -95,9 +95,10 @@ def main(url: str, json_file: Path | None, plot: Path | None, **given: Any) -> N
     click.echo(f"{model}: {about.format(*sizes)}")
     outcomes: list[tuple[str, Outcome]] = []
     try:
-        with Progress("requests", "requests") as bar:
+        # One loop for all: Ctrl-C while another is being made would leave half a loop.
+        with asyncio.Runner() as runner, Progress("requests", "requests") as bar:
             for load in loads:
-                outcome = asyncio.run(_measure(server, load, sizes, given, slo, bar.set))
+                outcome = runner.run(_measure(server, load, sizes, given, slo, bar.set))
                 unit = " requests/s" if given["rate"] else " client" if load == 1 else " clients"
                 outcomes.append((f"{load:g}{unit}", outcome))
                 bar.clear()
