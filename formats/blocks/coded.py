@@ -52,12 +52,11 @@ _FP4 = np.array((0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, 
 _TABLES = {
     "FP8_E4M3": float8("F8_E4M3"),
     "FP8_E5M2": float8("F8_E5M2"),
-    "FP8_E4M3_128": float8("F8_E4M3"),
     "NF4": np.array(_NF4, np.float32),
     "FP4": _FP4,
     "INT8_F32": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
 }
-_TABLES |= {f"{name}_F32": _TABLES[name] for name in ("NF4", "FP4")}
+_TABLES |= {"FP8_E4M3_128": _TABLES["FP8_E4M3"], "NF4_F32": _TABLES["NF4"], "FP4_F32": _TABLES["FP4"]}
 
 
 def _form(name: str, table: NDArray[np.float32]) -> CodedForm:

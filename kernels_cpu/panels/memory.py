@@ -51,9 +51,10 @@ class WeightPart:
 
 @frozen(eq=False)
 class CpuWeight:
-    """A matrix as panels, one part for each run of rows of one kind of panel. Or n_head matrices, one after the other.
+    """A matrix as panels. Rows that follow each other and have one kind of panel are a part.
 
-    The panels of each of these matrices begin at a multiple of EXPERT_ROWS (matmul/moe.py).
+    It may also be several matrices, one after the other, as those of heads or experts. Then the panels of each begin at
+    a multiple of EXPERT_ROWS (matmul/moe.py).
     """
 
     n_in: int

@@ -59,6 +59,12 @@ class Command(click.Command):
             return result
 
 
+class Group(Command, click.Group):
+    """A click group whose subcommands are of the class Command."""
+
+    command_class = Command
+
+
 def tool(
     name: str, cls: type[Command] = Command, params: Sequence[click.Parameter] = (), examples: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Any]:

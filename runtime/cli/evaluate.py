@@ -9,7 +9,7 @@ import click
 
 from gguf_run.formats.errors import OptionError
 from gguf_run.runtime.cli import complete
-from gguf_run.runtime.cli.common import Command, tool
+from gguf_run.runtime.cli.common import Group, tool
 from gguf_run.runtime.cli.options import CTX_SIZE, DEVICE_OPTIONS, PATH, RUNTIME_OPTIONS, option
 from gguf_run.runtime.terminal.text_input import read_text
 
@@ -59,12 +59,6 @@ SCALES_OPTIONS = [
     option("--bits", "Choose types of so many bits a number, on average.", type=float),
     option("--probe-chunks n_probed", "Chunks for each try.", type=click.IntRange(1), default=2),
 ]
-
-
-class Group(Command, click.Group):
-    """A click group whose subcommands are of the class Command."""
-
-    command_class = Command
 
 
 @tool(

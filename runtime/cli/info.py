@@ -97,7 +97,7 @@ def _one(model: str, given: Mapping[str, Any]) -> Answer:
     is_edit, pattern, (options, gpus) = _is_edit(given), _pattern(given["match"]), _loading(given)
     with _opened(model) as file:
         if is_edit:
-            if Path(model).is_dir():
+            if file.path.is_dir():
                 raise OptionError(f"{model}: is a folder, only metadata of a file can be changed: see gguf-convert")
             with Progress("writing") as progress:
                 changes = edit(file, given["assignments"], given["remove"], given["output"], progress.set)

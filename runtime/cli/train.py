@@ -16,7 +16,7 @@ import click
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.runtime.cli import complete
-from gguf_run.runtime.cli.common import Command, tool
+from gguf_run.runtime.cli.common import Group, tool
 from gguf_run.runtime.cli.options import PATH, option
 from gguf_run.runtime.hub.find import find_model
 from gguf_run.runtime.terminal.progress import progress
@@ -57,12 +57,6 @@ PAIRS = [
 
 # Of glibc's malloc.h: larger pieces of memory go back to the system at once. Else a step's leave holes of a GB.
 _M_MMAP_THRESHOLD = -3
-
-
-class Group(Command, click.Group):
-    """A click group whose subcommands are of the class Command."""
-
-    command_class = Command
 
 
 @tool(

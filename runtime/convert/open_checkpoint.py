@@ -137,7 +137,7 @@ def kept_note(file: GGUFFile, plan: Plan) -> Iterator[str]:
 
 
 def lost_notes(folder: Path, plan: Plan) -> Iterator[str]:
-    """Yield what matrices lose that GGUF has no type for, measured on some rows of each."""
+    """Yield a line for each type that GGUF lacks: by how much its matrices change, measured on some of their rows."""
     lost: dict[str, list[tuple[float, float]]] = defaultdict(list)
     exact = open_checkpoint(folder, keep=RUN).tensors
     for item in plan.items:

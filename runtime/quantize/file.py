@@ -153,7 +153,7 @@ def _sum_of_squares(x: NDArray[np.float32]) -> float:
 
 
 def _bad_weights(tensor: Tensor) -> GgufRunError:
-    """Return the error that counts all weights of a tensor that are NaN or infinite."""
+    """Return an error that says how many weights of a tensor are NaN or infinite."""
     step = max(1, _SLAB // tensor.ne[0])
     slabs = [(row, min(row + step, tensor.n_rows)) for row in range(0, tensor.n_rows, step)]
     bad = [count_bad(dequantize(tensor.blocks(row, end), tensor.type)) for row, end in slabs]

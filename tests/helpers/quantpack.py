@@ -29,6 +29,22 @@ def write_checkpoint(folder: Path, quantization, tensors, metadata=None) -> Path
     return folder
 
 
+def packed_projections(tensors, pack):
+    """Return the exact values of a model's tensors, and what a checkpoint stores: projections packed, others as F16.
+
+    pack: of values and the name without ".weight": returns what is stored, and its exact values.
+    """
+    exact, stored = {}, {}
+    for name, values in tensors.items():
+        if name.endswith("_proj.weight"):
+            parts, exact[name] = pack(values.astype(np.float64), name.removesuffix(".weight"))
+            stored |= parts
+        else:
+            exact[name] = values.astype(np.float16)
+            stored[name] = ("F16", exact[name])
+    return exact, stored
+
+
 def pack_bits(codes, n_bits: int) -> np.ndarray:
     """Codes [n, columns] -> I32[n * n_bits / 32, columns]: one long number for each column, cut into words."""
     words = np.zeros((-(-len(codes) * n_bits // 32), codes.shape[1]), np.int64)

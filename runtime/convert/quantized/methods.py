@@ -1,7 +1,7 @@
 """Checkpoints that are quantized already: their weights as tensors that the converter takes.
 
-A quantized weight is stored as several tensors: codes, scales, zero points. A method knows a mark: the end of the name
-of one of them. From the mark and its companions it makes one tensor.
+A quantized weight is stored as several tensors: codes, scales, zero points. A method is known by the end of the name of
+one of them, its mark. From that tensor and those beside it the method makes one tensor.
 """
 
 from collections.abc import Callable, Container, Mapping

@@ -3,8 +3,7 @@ import warnings
 import click
 from click.testing import CliRunner
 
-from gguf_run.runtime.cli.common import Command, tool
-from gguf_run.runtime.cli.evaluate import Group
+from gguf_run.runtime.cli.common import Command, Group, tool
 
 
 def test_programmers_warnings_are_hidden() -> None:

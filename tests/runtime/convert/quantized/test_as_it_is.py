@@ -126,14 +126,7 @@ def plain(tmp_path_factory):
 def write(folder, plain, pack, config):
     """Write the model with quantized projections. Return transformers' logits of the exact weights."""
     model, plain_folder, tensors = plain
-    exact, stored = {}, {}
-    for name, values in tensors.items():
-        if name.endswith("_proj.weight"):
-            parts, exact[name] = pack(values.astype(np.float64), name.removesuffix(".weight"))
-            stored |= parts
-        else:
-            exact[name] = values.astype(np.float16)
-            stored[name] = ("F16", exact[name])
+    exact, stored = quantpack.packed_projections(tensors, pack)
     model.load_state_dict({name: torch.tensor(values).float() for name, values in exact.items()})
     quantpack.write_checkpoint(folder, None, stored)
     plain_config = json.loads((plain_folder / "config.json").read_text())

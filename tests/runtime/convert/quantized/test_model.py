@@ -119,14 +119,7 @@ def run(path):
 def test_converts_and_runs(tmp_path, plain, method):
     model, tensors = plain
     pack, config, kept, limit = METHODS[method]
-    exact, stored = {}, {}
-    for name, values in tensors.items():
-        if name.endswith("_proj.weight"):
-            parts, exact[name] = pack(values.astype(np.float64), name.removesuffix(".weight"))
-            stored |= parts
-        else:
-            exact[name] = values.astype(np.float16)
-            stored[name] = ("F16", exact[name])
+    exact, stored = quantpack.packed_projections(tensors, pack)
     model.load_state_dict({name: torch.tensor(values).float() for name, values in exact.items()})
     model.save_pretrained(tmp_path / "exact")
     quantpack.write_checkpoint(tmp_path / "quantized", None, stored)
