@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gguf_run.formats.blocks.codes import SCALES, Codes, pack, unpack
+from gguf_run.formats.blocks.codes import SCALES, pack, unpack
+from gguf_run.formats.blocks.types import TensorType
 from gguf_run.formats.blocks.unpack import INTEGER_FORMS
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.formats.quantizers.quantizer import quantize
@@ -63,15 +64,20 @@ class Rounded:
         training begins with the tensor's weight.
         """
         self._device = device
-        self._take(unpack(tensor.blocks(), tensor.type))
+        self._take(tensor.blocks(), tensor.type)
         start = self._code
         self.latent = torch.from_numpy(original).to(device, copy=True)
         begin = self._rounded(start)
         self.latent = torch.where(self._nearest() == start, self.latent, begin).requires_grad_()
         self.round()
 
-    def _take(self, codes: Codes) -> None:
-        form = INTEGER_FORMS[codes.type.name]
+    def take(self, tensor: Tensor) -> None:
+        """Take the scales and codes of a tensor that was written for the weights as they are now."""
+        self._take(tensor.blocks(), tensor.type)
+        self._now = self._rounded(self._code)
+
+    def _take(self, blocks: np.ndarray, type: TensorType) -> None:
+        codes, form = unpack(blocks, type), INTEGER_FORMS[type.name]
         self._codes, self._low, self._high = codes, form.q_min, form.q_max
         self._code = torch.from_numpy(codes.code).to(self._device)
         self._d, self._m = (torch.from_numpy(step).to(self._device) for step in codes.steps())
@@ -99,8 +105,8 @@ class Rounded:
 
     def search(self) -> None:
         """Choose new scales for the weights as they are now, as ggml does. Then round them."""
-        blocks = quantize(self.latent.detach().cpu().numpy(), self._codes.type)
-        self._take(unpack(blocks, self._codes.type))
+        type = self._codes.type
+        self._take(quantize(self.latent.detach().cpu().numpy(), type), type)
         self.round()
 
     def values(self) -> torch.Tensor:

@@ -88,8 +88,11 @@ class Task(Protocol):
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the sum of the losses of a batch's tokens."""
 
-    def stepped(self, step: int, is_loaded: bool = False) -> None:
-        """`numbers` have changed in a step, or were loaded as they were after it."""
+    def stepped(self, step: int) -> None:
+        """`numbers` have changed in a step."""
+
+    def resumed(self, path: Path) -> None:
+        """`numbers` are again those with which `path` was written."""
 
     def save(self, path: Path) -> None:
         """Write the result so far."""
@@ -279,7 +282,7 @@ class Trainer:
                 x.copy_(held["numbers"][name])
         self._optimizer.load_state_dict(held["optimizer"])
         self._done, self.losses = held["step"], Losses([*held["train"]], [*held["valid"]])
-        self.task.stepped(self._done, True)
+        self.task.resumed(self.output)
 
 
 def fingerprint(file: GGUFFile, task: Task) -> str:

@@ -97,7 +97,10 @@ class LowRank:
     def loss(self, batch: Batch) -> torch.Tensor:
         return cross_entropy(self.model, batch)
 
-    def stepped(self, step: int, is_loaded: bool = False) -> None:
+    def stepped(self, step: int) -> None:
+        """Nothing follows from the pairs."""
+
+    def resumed(self, path: Path) -> None:
         """Nothing follows from the pairs."""
 
     def save(self, path: Path) -> None:

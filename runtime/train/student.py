@@ -84,11 +84,16 @@ class Student:
     def loss(self, batch: Batch) -> torch.Tensor:
         return divergence(self.model, self.teacher, batch)
 
-    def stepped(self, step: int, is_loaded: bool = False) -> None:
+    def stepped(self, step: int) -> None:
         for grid in self.grids.values():
             if isinstance(grid, Rounded):
-                is_due = self.refresh and (is_loaded or step % self.refresh == 0)
-                grid.search() if is_due else grid.round()
+                grid.search() if self.refresh and step % self.refresh == 0 else grid.round()
+
+    def resumed(self, path: Path) -> None:
+        with GGUFFile.open(path) as written:
+            for name, grid in self.grids.items():
+                if isinstance(grid, Rounded):
+                    grid.take(written.tensors[name])
 
     def save(self, path: Path) -> None:
         """Write the model, and check that its file has the numbers of the last step, bit for bit."""

@@ -243,7 +243,7 @@ def test_a_loss_that_is_no_number_ends_it(folder: Path, monkeypatch: pytest.Monk
         task = LowRank(TorchModel(file, 32), LoraOptions(), 0)
         trainer = Trainer(task, file, folder, folder / "a.gguf", replace(OPTIONS, save_every=2))
 
-        def stepped(step: int, is_loaded: bool = False) -> None:
+        def stepped(step: int) -> None:
             task.numbers["blk.0.attn_q.weight.lora_b"].data.fill_(np.nan if step > 2 else 0)
 
         monkeypatch.setattr(task, "stepped", stepped)

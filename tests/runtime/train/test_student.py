@@ -126,11 +126,13 @@ def test_qat(kind: str, folder: Path) -> None:
             np.testing.assert_array_equal(dequantize(tensor.blocks(), tensor.type).reshape(values.shape), values)
 
 
-def test_qat_goes_on(folder: Path) -> None:
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_qat_goes_on(refresh: int, folder: Path) -> None:
+    """The same bits, with the scales that were searched before the last step too."""
     args, steps = (folder / "f32.gguf", "Q4_0", folder / "text.txt"), replace(OPTIONS, lr_schedule="constant")
-    whole = qat(*args, folder / "whole.gguf", replace(steps, iters=4))
-    qat(*args, folder / "q.gguf", replace(steps, iters=2))
-    parts = qat(*args, folder / "q.gguf", replace(steps, iters=4, resume=True))
+    whole = qat(*args, folder / "whole.gguf", replace(steps, iters=5), refresh=refresh)
+    qat(*args, folder / "q.gguf", replace(steps, iters=3), refresh=refresh)
+    parts = qat(*args, folder / "q.gguf", replace(steps, iters=5, resume=True), refresh=refresh)
     assert parts.train == whole.train
     assert (folder / "q.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
 
