@@ -2,16 +2,19 @@
 
     python benchmarks/load.py MODEL [-t 2] [-r 3] [--cold]
 
-Read: the whole file once, front to back, into one small buffer. Load: Model.load in this process, after the kernels are
-compiled. Both run in turns with the file in the page cache. --cold repeats both without the page cache (Linux).
+Read: the whole file once, front to back, into one small buffer. Touch: as much new memory is written once, by as many
+threads: no load that repacks can do without. Load: Model.load in this process, after the kernels are compiled. All run
+in turns with the file in the page cache. --cold repeats them without the page cache (Linux).
 """
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
 import click
+import numpy as np
 
 from gguf_run.runtime import Model
 
@@ -31,6 +34,14 @@ def read(path: Path) -> float:
     return time.perf_counter() - start
 
 
+def touch(path: Path, n_threads: int) -> float:
+    start = time.perf_counter()
+    memory = np.empty(path.stat().st_size, np.uint8)
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(lambda part: part.fill(0), (part[::4096] for part in np.array_split(memory, n_threads))))
+    return time.perf_counter() - start
+
+
 def load(path: Path, n_threads: int) -> float:
     start = time.perf_counter()
     with Model.load(path, n_ctx=512, n_threads=n_threads):
@@ -46,14 +57,22 @@ def main(model: Path, threads: int, repeat: int, cold: bool) -> None:
     """Compare Model.load with reading the file."""
     load(model, threads)  # compiles
     for name in ("cached", "dropped") if cold else ("cached",):
-        seconds: dict[str, list[float]] = {"read": [], "load": []}
+        runs = {
+            "read": lambda: read(model),
+            "touch": lambda: touch(model, threads),
+            "load": lambda: load(model, threads),
+        }
+        seconds: dict[str, list[float]] = {what: [] for what in runs}
         for _ in range(repeat):
-            for what, times in seconds.items():
+            for what, run in runs.items():
                 if name == "dropped":
                     drop(model)
-                times.append(read(model) if what == "read" else load(model, threads))
-        reading, loading = median(seconds["read"]), median(seconds["load"])
-        print(f"{model.name}, {name}: read {reading:.2f} s, load {loading:.2f} s = {loading / reading:.2f} x")
+                seconds[what].append(run())
+        reading, touching, loading = (median(times) for times in seconds.values())
+        print(
+            f"{model.name}, {name}: read {reading:.2f} s, touch {touching:.2f} s, load {loading:.2f} s: "
+            f"{loading / reading:.2f} x read, {loading / (reading + touching):.2f} x read and touch"
+        )
 
 
 if __name__ == "__main__":
