@@ -70,7 +70,9 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 @on_each_isa
 def test_halves_are_widened_exactly(isa: Isa) -> None:
     halves = np.arange(65536, dtype=np.uint16).view(np.float16)
-    assert_same_bits(convert(isa, lambda s, x: x.to(F32), halves, np.float32), halves.astype(np.float32))
+    with np.errstate(invalid="ignore"):  # ARM's conversion signals some NaN
+        expected = halves.astype(np.float32)
+    assert_same_bits(convert(isa, lambda s, x: x.to(F32), halves, np.float32), expected)
 
 
 @on_each_isa
