@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.device import current
 from gguf_run.kernels_gpu.device.errors import gpu_errors
-from gguf_run.kernels_gpu.device.tuning import FEW, padded
+from gguf_run.kernels_gpu.device.tuning import FEW, GRAPHS, padded
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.rows.top import SIZES, Top
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
 
 def bucket(n_row: int) -> int:
     """Return how many rows run for n_row: few kinds of small steps, so that each is compiled, or captured, once."""
-    return next((m for m in (1, 2, 4, FEW) if n_row <= m), n_row)
+    return next((m for m in GRAPHS if n_row <= m), n_row)
 
 
 class Launches:
     """Launches that follow each other: those for few rows, or those for more.
 
-    On a GPU those for few rows are captured as a graph, one for each bucket.
+    On a GPU those of a bucket are captured as a graph: one for steps that are wide (StepInput.is_wide), one for others.
     """
 
     def __init__(self, few: Sequence[Launch], many: Sequence[Launch], device: torch.device, capture: bool) -> None:
-        self._few, self._many, self._graphs = list(few), list(many), dict[int, torch.cuda.CUDAGraph]()
+        self._few, self._many, self._graphs = list(few), list(many), dict[tuple[int, bool], torch.cuda.CUDAGraph]()
         self._captures = capture and device.type == "cuda"
         self._device = device
 
-    def run(self, n_row: int) -> None:
+    def run(self, n_row: int, is_wide: bool) -> None:
         n = bucket(n_row)
-        if n in self._graphs:
-            self._graphs[n].replay()
+        if (n, is_wide) in self._graphs:
+            self._graphs[n, is_wide].replay()
             return
         self.launch(n)
-        if n <= FEW and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
+        if n <= GRAPHS[-1] and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
             graph = torch.cuda.CUDAGraph()
             # torch's own stream for captures is one device's; what other threads do meanwhile is no error
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.launch(n)
-            self._graphs[n] = graph
+            self._graphs[n, is_wide] = graph
 
     def launch(self, n: int) -> None:
         """Launch all kernels for n rows, a bucket."""
@@ -98,7 +98,7 @@ class GpuProgram:
                 self.memory.step.set(rows, ids, runs)
             elif rows:
                 self.memory.step.set(rows)
-            self._parts[part].run(len(ids))
+            self._parts[part].run(len(ids), self.memory.step.is_wide[False])
             if len(rows) == 1 and 0 < n_top <= SIZES[-1]:
                 return self._greatest(n_top)
             return Results(self._results(len(rows)))
@@ -110,7 +110,7 @@ class GpuProgram:
             top = Top(self._result, size)
             self._tops[size] = self._after.followed_by(top.launch), top
         launches, top = self._tops[size]
-        launches.run(1)
+        launches.run(1, False)
         columns, values = top.fetch(k)
         return Results(values[np.newaxis], columns)
 
@@ -123,7 +123,7 @@ class GpuProgram:
     def _results(self, n_row: int) -> NDArray[np.float32]:
         host = self._host[:n_row]
         if n_row:
-            self._after.run(n_row)
+            self._after.run(n_row, self.memory.step.is_wide[True])
             host.copy_(self._result[:n_row], non_blocking=True)
             if self.memory.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()

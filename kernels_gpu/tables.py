@@ -1,7 +1,9 @@
-"""What attention reads of a step beside its tokens: the pages of each sequence, and which tokens share a tile.
+"""What attention reads of a step beside its tokens: the pages of each sequence, and the work of its programs.
 
 The host writes the tables. The device's copies never move, so graphs may read them.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,18 +42,50 @@ class Pages(_Table):
             self._versions[:] = self._table.versions
 
 
-class Tiles(_Table):
-    """Tiles of tokens of one run: the first token's row in the step, and the number of tokens."""
+class Cut(NamedTuple):
+    """How attention is cut into items. Layers that are cut alike share the items."""
 
-    def __init__(self, size: int, n: int, device: torch.device) -> None:
-        """size: the most tokens of a tile. n: the most tokens of a step."""
-        super().__init__(n, 2, device)
-        self._size, self.n = size, 0  # n: tiles of this step
+    tokens: int  # the most tokens of an item
+    span: int  # positions of a block, which a program reads at a time
+    n_blocks: int  # the most blocks that a token sees
+    n_part: int  # so many items keep the GPU busy
 
-    def send(self, run_of: NDArray[np.int32]) -> None:
-        """Cut the tokens of a step into tiles. run_of: the number of each token's run."""
+
+ITEM_WORDS = ("token", "n_tokens", "part", "n_part", "row")  # row: of the sums that the item's first token gets
+
+
+class Items(_Table):
+    """The items of a step: tokens of one run that share a tile, and which part of the positions that they see.
+
+    A row of the table is ITEM_WORDS. The parts of the same tokens are neighbours. Rows behind the last item are 0.
+    """
+
+    def __init__(self, cut: Cut, n: int, device: torch.device) -> None:
+        """n: the most tokens of a step."""
+        self._cut, self.n = cut, 0  # n: items of this step
+        super().__init__(self.most(n), len(ITEM_WORDS), device)
+
+    def most(self, n: int) -> int:
+        """Return the most items that n tokens have, however long their sequences are."""
+        return min(n + self._cut.n_part, n * self._cut.n_blocks)
+
+    def send(self, run_of: NDArray[np.int32], positions: NDArray[np.int32]) -> None:
+        """Cut the tokens of a step into items. run_of: the number of each token's run.
+
+        Parts are about equally long, whatever sequence they are of. How many blocks a tile sees is an estimate: the
+        kernel finds out where its part begins and ends.
+        """
+        n = len(run_of)
         starts = np.flatnonzero(np.diff(run_of, prepend=-1))
-        in_run = np.arange(len(run_of)) - np.repeat(starts, np.diff(starts, append=len(run_of)))
-        first = np.flatnonzero(in_run % self._size == 0)
-        self.n = len(first)
-        self._send(0, np.stack([first, np.diff(first, append=len(run_of))], axis=1).astype(np.int32))
+        in_run = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
+        first = np.flatnonzero(in_run % self._cut.tokens == 0)
+        n_tokens = np.diff(first, append=n)
+        n_block = np.minimum(positions[first + n_tokens - 1] // self._cut.span + 1, self._cut.n_blocks)
+        n_part = -(-n_block // max(1, -(-int(n_block.sum()) // self._cut.n_part)))
+        tile = np.repeat(np.arange(len(first)), n_part)
+        part = np.arange(len(tile)) - np.repeat(np.cumsum(n_part) - n_part, n_part)
+        n_tokens = n_tokens[tile]
+        rows = np.zeros((len(self.rows), len(ITEM_WORDS)), np.int32)
+        rows[: len(tile)].T[:] = first[tile], n_tokens, part, n_part[tile], np.cumsum(n_tokens) - n_tokens
+        self.n = len(tile)
+        self._send(0, rows)
