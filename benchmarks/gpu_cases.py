@@ -27,7 +27,7 @@ from gguf_run.kernels_gpu.device.tuning import FEW, Tuning
 from gguf_run.kernels_gpu.panels.memory import GpuWeight
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.kernels_gpu.program import GpuProgram
-from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.backend import CacheType, Run, Top
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
@@ -283,14 +283,14 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
         def tokens(n: int = steps, depth: int = depth) -> None:
             _set_depth(decoder, depth)
             for i in range(n):
-                decoder.top([i], 1)
+                decoder.top({0: [i]}, None, [Top(1)])
 
         tokens(min(2, steps))
         wall = bench.wall(tokens, 3) / steps
 
         def device() -> None:
-            program._parts[0].run(1)
-            program._tops[1][0].run(1)
+            program._parts[0].run(1, False)
+            program._finders[1][0].run(1, False)
 
         on_device = wall if bench.warm else bench.events(device)
         at = f"decode at depth {depth}" if depth else "decode"

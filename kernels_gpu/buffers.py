@@ -80,7 +80,7 @@ class StepInput:
         return self._scales[scales]
 
     def items(self, cut: Cut, *, wide: bool, outputs: bool) -> Items:
-        """Return the items of all tokens, or of those whose results are wanted. Steps that are `wide` or not fill it."""
+        """Return the items of all tokens, or of those whose results are wanted, in steps that are `wide` or not."""
         key = cut, wide, outputs
         if key not in self._items:
             self._items[key] = Items(cut, len(self.rows) if outputs else len(self.ids), self._device.device)

@@ -13,8 +13,8 @@ from gguf_run.kernels_gpu.device.errors import gpu_errors
 from gguf_run.kernels_gpu.device.tuning import FEW, GRAPHS, padded
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
-from gguf_run.kernels_gpu.rows.top import SIZES, Top
-from gguf_run.models.backend import Results, Run
+from gguf_run.kernels_gpu.rows.top import SIZES, Finder, Masks
+from gguf_run.models.backend import Results, Run, Top
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Observe, Rope
 
@@ -68,6 +68,8 @@ class Launches:
 class GpuProgram:
     """models.protocol.Program."""
 
+    n_top = SIZES[-1]
+
     def __init__(self, memory: Memory, parts: Sequence[Sequence[Any]], after: Sequence[Any], result: Buffer) -> None:
         """Bind lists of ops to memory. See models.protocol.Backend.program."""
         self.n_batch, self.n_outputs = memory.n_batch, memory.n_outputs
@@ -84,12 +86,18 @@ class GpuProgram:
         *self._parts, self._after = launches
         memory.allocate()
         self._host = torch.zeros(padded(self.n_outputs), result.width, pin_memory=memory.device.type == "cuda")
-        self._tops = dict[int, tuple[Launches, Top]]()
+        self._finders = dict[int, tuple[Launches, Finder]]()
+        self._masks: Masks | None = None  # made with the first finder
         self._closed = False
 
     @gpu_errors()
     def run(
-        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
+        self,
+        ids: NDArray[np.int32],
+        runs: Sequence[Run],
+        rows: Sequence[int],
+        part: int = 0,
+        tops: Sequence[Top | None] = (),
     ) -> Results:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
@@ -99,20 +107,27 @@ class GpuProgram:
             elif rows:
                 self.memory.step.set(rows)
             self._parts[part].run(len(ids), self.memory.step.is_wide[False])
-            if len(rows) == 1 and 0 < n_top <= SIZES[-1]:
-                return self._greatest(n_top)
+            if any(tops):
+                return self._greatest(tops)
             return Results(self._results(len(rows)))
 
-    def _greatest(self, k: int) -> Results:
-        """Return the k greatest values of the only result row."""
-        size = next(n for n in SIZES if k <= n)
-        if size not in self._tops:
-            top = Top(self._result, size)
-            self._tops[size] = self._after.followed_by(top.launch), top
-        launches, top = self._tops[size]
-        launches.run(1, False)
-        columns, values = top.fetch(k)
-        return Results(values[np.newaxis], columns)
+    def _greatest(self, tops: Sequence[Top | None]) -> Results:
+        """Return the greatest values of result rows, and all values of those without a Top."""
+        few, most = [i for i, top in enumerate(tops) if top is not None], max(top.n for top in tops if top is not None)
+        size = next(n for n in SIZES if most <= n)
+        if self._masks is None:
+            self._masks = Masks(len(self._result), self._result.shape[1], self.memory.device)
+        if size not in self._finders:
+            finder = Finder(self._result, size, self._masks)
+            self._finders[size] = self._after.followed_by(finder.launch), finder
+        launches, finder = self._finders[size]
+        self._masks.send(tops)
+        launches.run(len(tops), self.memory.step.is_wide[True])
+        whole = [i for i, top in enumerate(tops) if top is None]
+        for at, i in enumerate(whole):
+            self._host[at].copy_(self._result[i], non_blocking=True)
+        values, columns = finder.fetch(len(tops))  # waits for all copies
+        return Results(self._host[: len(whole)].numpy(), values[few, :most], columns[few, :most])
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -145,6 +160,6 @@ class GpuProgram:
 
     def close(self) -> None:
         self._closed = True
-        for launches in (*self._parts, self._after, *(launches for launches, _ in self._tops.values())):
+        for launches in (*self._parts, self._after, *(launches for launches, _ in self._finders.values())):
             launches.clear()
-        self._tops.clear()
+        self._finders.clear()

@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from gguf_run.models.pages import PageTable
 
 
-class _Table:
+class Table:
     """int32[n, width] on the host and on the device."""
 
     def __init__(self, n: int, width: int, device: torch.device) -> None:
         self._memory = torch.zeros(n, width, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.rows = self._memory.to(device, copy=True)  # on the device
 
-    def _send(self, first: int, rows: NDArray[np.int32]) -> None:
+    def send_rows(self, first: int, rows: NDArray[np.int32]) -> None:
         """Replace rows from `first` on. The device must have read what was sent before."""
         part = slice(first, first + len(rows))
         self._memory.numpy()[part] = rows
         self.rows[part].copy_(self._memory[part], non_blocking=True)
 
 
-class Pages(_Table):
+class Pages(Table):
     """The copy of a page table."""
 
     def __init__(self, table: PageTable, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class Pages(_Table):
         changed = np.flatnonzero(self._versions != self._table.versions)
         if len(changed):
             first = int(changed[0])
-            self._send(first, self._table.pages[first : changed[-1] + 1])
+            self.send_rows(first, self._table.pages[first : changed[-1] + 1])
             self._versions[:] = self._table.versions
 
 
@@ -54,7 +54,7 @@ class Cut(NamedTuple):
 ITEM_WORDS = ("token", "n_tokens", "part", "n_part", "row")  # row: of the sums that the item's first token gets
 
 
-class Items(_Table):
+class Items(Table):
     """The items of a step: tokens of one run that share a tile, and which part of the positions that they see.
 
     A row of the table is ITEM_WORDS. The parts of the same tokens are neighbours. Rows behind the last item are 0.
@@ -88,4 +88,4 @@ class Items(_Table):
         rows = np.zeros((len(self.rows), len(ITEM_WORDS)), np.int32)
         rows[: len(tile)].T[:] = first[tile], n_tokens, part, n_part[tile], np.cumsum(n_tokens) - n_tokens
         self.n = len(tile)
-        self._send(0, rows)
+        self.send_rows(0, rows)

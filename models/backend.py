@@ -50,8 +50,20 @@ class Run(NamedTuple):
     writes: int = 1
 
 
+class Top(NamedTuple):
+    """Not all values of a result row are wanted, but the greatest ones."""
+
+    n: int
+    # A bit for each column, 32 in a word, the lowest first. The values of columns whose bit is 0 count as less than all
+    # others, if they are finite. None: all bits are 1.
+    mask: NDArray[np.uint32] | None = None
+
+
 class Results(NamedTuple):
     """Result rows of a step."""
 
-    values: NDArray[np.float32]  # [number of rows, number of columns], memory of the program
-    columns: NDArray[np.intp] | None = None  # the column of each value, if there is one row; None: all columns in order
+    values: NDArray[np.float32]  # [rows, columns] without those of which a Top is wanted; memory of the program
+    # [rows of which a Top is wanted, n]: their greatest values in descending order, and the columns of these. Equal
+    # values are in the order of their columns. NaN counts as the greatest. What is missing is -inf, of column -1.
+    greatest: NDArray[np.float32] = np.empty((0, 0), np.float32)
+    columns: NDArray[np.intp] = np.empty((0, 0), np.intp)

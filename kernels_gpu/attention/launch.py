@@ -68,7 +68,7 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     tiling = _Tiling(cache, shape, memory.tuning.programs)
     ways = [tiling.options(wide=wide) for wide in (False, True)]
     cuts = [tiling.cut(way) for way in ways]
-    items = [step.items(cut, wide=wide, outputs=outputs) for wide, cut in enumerate(cuts)]
+    items = [step.items(cut, wide=bool(wide), outputs=outputs) for wide, cut in enumerate(cuts)]
     n_sum = n_head * (memory.n_row(op.out) + max(cut.tokens * cut.n_part for cut in cuts))
     memory.want(sums=n_sum * shape.n_value, stats=n_sum * 2)
     int8 = memory.int8(op.out) if fused.forms else None

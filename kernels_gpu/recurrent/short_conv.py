@@ -38,8 +38,8 @@ def short_conv(
     old = state + reads * (TAPS - 1) * n + column
     new = state + writes * (TAPS - 1) * n + column
     for j in tl.static_range(TAPS - 1):
-        t = n_tokens - (TAPS - 1) + j + tl.arange(0, 1)[:, None]
-        tl.store(new + j * n, _rows(x, x_stride, old, n, t, n_tokens, is_new, mask, TAPS), mask=mask)
+        last = n_tokens - (TAPS - 1) + j + tl.arange(0, 1)[:, None]
+        tl.store(new + j * n, _rows(x, x_stride, old, n, last, n_tokens, is_new, mask, TAPS), mask=mask)
     n_tile = tl.cdiv(n_tokens, ROWS)
     for i in range(0, n_tile):
         t = (n_tile - 1 - i) * ROWS + tl.arange(0, ROWS)[:, None]

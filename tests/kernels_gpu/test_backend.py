@@ -26,7 +26,7 @@ from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.device.device import measure_limits
 from gguf_run.kernels_gpu.device.errors import explain
 from gguf_run.kernels_gpu.program import GpuProgram, Launches
-from gguf_run.models.backend import CacheType
+from gguf_run.models.backend import CacheType, Top
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_find import adopt
@@ -94,10 +94,9 @@ def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         singles = [logits(decoder, IDS[11:], 1) for decoder in (one, other, exact)]
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
         one.rewind(11)
-        values, ids = one.top(IDS[11:], 3)
-        assert ids is not None
-        assert np.array_equal(values, singles[0][:, ids])
-        assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
+        found = one.top({0: IDS[11:]}, None, [Top(3)])
+        assert np.array_equal(found.greatest, singles[0][:, found.columns[0]])
+        assert np.array_equal(found.columns[0], np.argsort(-singles[0][0], kind="stable")[:3])
         assert one.n_past == 12
 
 
