@@ -88,6 +88,7 @@ class FakeDecoder:
         self.runs: list[dict[int, int]] = []  # tokens of each row, step by step
         self.parts: list[tuple[int, int]] = []  # the first position of each run, and its tokens
         self.keeps_runs = True
+        self.asked: list[tuple[int, bool]] = []  # of each Top: how many values, and whether there was a mask
 
     def clock(self) -> float:
         return self.now
@@ -122,6 +123,7 @@ class FakeDecoder:
         if not tops:
             return Results(logits)
         assert len(tops) == len(logits)
+        self.asked += [(top.n, top.mask is not None) for top in tops if top]
         few, most = [i for i, top in enumerate(tops) if top], max(top.n for top in tops if top)
         found = logits[few]
         for row, top in zip(found, (tops[i] for i in few), strict=True):

@@ -132,6 +132,39 @@ def test_launches_of_a_layer(arch: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [n, n], counts[-1]
 
 
+@only_interpreted
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_graph_serves_any_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of a bucket have the same grids and arguments whatever is in the step. Nothing runs here."""
+    from triton.runtime.interpreter import GridExecutor
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        launched.append((self.fn.__name__, self.grid, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]))
+
+    launched: list[Any] = []
+    monkeypatch.setattr(GridExecutor, "__call__", note)
+    write_tiny(tmp_path / "model.gguf", replace(MODELS[name], n_ctx=512, window=70))
+    decoder = open_decoder(tmp_path / "model.gguf", gpu(), n_ctx=512, n_seq=33)
+    steps: tuple[list[dict[int, int]], ...] = (
+        [{1: 1, 2: 1, 4: 1}, {0: 4}, {3: 2, 4: 1}],
+        [{seq: 1 for seq in range(33)}, {5: 16, 6: 16, 8: 1}, {seq: 3 for seq in range(11)}],
+        [{0: 18, 1: 1, 3: 14}, {4: 32, 5: 1}],  # wide
+    )
+    tops = [Top(3), None, Top(40, np.zeros(-(-decoder.config.n_vocab // 32), np.uint32))]
+    for same in steps:
+        found = []
+        for counts in same:
+            launched.clear()
+            rows, left = {}, 3
+            for seq, n in counts.items():
+                rows[seq] = min(n, left)
+                left -= rows[seq]
+            decoder.top({seq: [7] * n for seq, n in counts.items()}, rows, tops)
+            found.append([str(launch) for launch in launched if "keys" not in launch[0]])
+        assert len(found[0]) > 10
+        assert all(launches == found[0] for launches in found)
+
+
 def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embeddings on the CPU, a layer on a GPU, one on another, one on the CPU: a batch, two sequences, caches of
     two types, which cost as much accuracy as on the CPU. From GPU to GPU nothing goes through the host."""

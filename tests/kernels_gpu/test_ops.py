@@ -375,7 +375,7 @@ def greatest(row: np.ndarray, top: Top) -> np.ndarray:
     return np.argsort(-rank, kind="stable")[: top.n]
 
 
-@pytest.mark.parametrize("n_column", [5, 1000, 1500, 16 * 1024 + 5])
+@pytest.mark.parametrize("n_column", [5, 1500, 16 * 1024 + 5])
 def test_the_greatest_results(n_column: int) -> None:
     """Equal ones, zeros of both signs, numbers that are none, masks; all values of some rows; fewer columns than are
     asked for. The greatest of thousands of columns are found in three steps."""
