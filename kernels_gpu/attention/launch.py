@@ -16,7 +16,7 @@ from gguf_run.kernels_gpu.fuse import FusedAttention
 from gguf_run.kernels_gpu.tables import Cut
 from gguf_run.models.operands import AttentionShape
 
-_PARTS = 32  # that add_up reads at a time
+_PARTS = 16  # that add_up reads at a time
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,9 @@ def test_a_graph_serves_any_step(name: str, tmp_path: Path, monkeypatch: pytest.
     from triton.runtime.interpreter import GridExecutor
 
     def note(self: Any, *args: Any, **options: Any) -> None:
-        launched.append((self.fn.__name__, self.grid, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]))
+        launched.append(
+            (self.fn.__name__, self.grid, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
+        )
 
     launched: list[Any] = []
     monkeypatch.setattr(GridExecutor, "__call__", note)
@@ -147,7 +149,7 @@ def test_a_graph_serves_any_step(name: str, tmp_path: Path, monkeypatch: pytest.
     decoder = open_decoder(tmp_path / "model.gguf", gpu(), n_ctx=512, n_seq=33)
     steps: tuple[list[dict[int, int]], ...] = (
         [{1: 1, 2: 1, 4: 1}, {0: 4}, {3: 2, 4: 1}],
-        [{seq: 1 for seq in range(33)}, {5: 16, 6: 16, 8: 1}, {seq: 3 for seq in range(11)}],
+        [dict.fromkeys(range(33), 1), {5: 16, 6: 16, 8: 1}, dict.fromkeys(range(11), 3)],
         [{0: 18, 1: 1, 3: 14}, {4: 32, 5: 1}],  # wide
     )
     tops = [Top(3), None, Top(40, np.zeros(-(-decoder.config.n_vocab // 32), np.uint32))]

@@ -353,7 +353,7 @@ class Noisy(FakeDecoder):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_the_greatest_logits_are_enough(together: bool) -> None:
+def test_some_answers_need_all_logits(together: bool) -> None:
     """Answers that need only these, answers that need all logits, and answers with a constraint, in the same steps."""
     kinds = [{"temperature": 0}, {}, {"top_k": 5, "temperature": 3.0}, {"repeat_penalty": 1.2}, {"logprobs": 2}]
     kinds += [{"top_k": 3, "temperature": 2.0, "typical_p": 0.8}, {"top_k": 41}]
