@@ -105,15 +105,22 @@ class StepInput:
                 memory.copy_(torch.from_numpy(scales.values), non_blocking=True)
         self._wanted[:] = [[0], [-1], [0]]
         self._wanted[:, : len(rows)] = self._tokens[1:4, wanted]
-        ends = self._tokens[:, : self.n_tokens], self._tokens[:, wanted]
-        for outputs, tokens in enumerate(ends):
-            self.is_wide[outputs] = bool(tokens.size and np.bincount(tokens[4]).max() > SHORT)
-        for (_, wide, outputs), items in self._items.items():
-            if wide == self.is_wide[outputs] and (outputs or ids is not None):
-                items.send(ends[outputs][4], ends[outputs][2])
+        if any(outputs for _, _, outputs in self._items):
+            first = np.flatnonzero(np.diff(self._tokens[4, wanted], prepend=-1))
+            n_tokens = np.diff(first, append=len(rows))
+            self._send_items(True, first, n_tokens, self._tokens[2, wanted[first + n_tokens - 1]])
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
+
+    def _send_items(
+        self, of: bool, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.int32]
+    ) -> None:
+        """Send the items of all tokens, or `of` those whose results are wanted. See Items.send."""
+        self.is_wide[of] = bool(n_tokens.max(initial=0) > SHORT)
+        for (_, wide, outputs), items in self._items.items():
+            if outputs == of and wide == self.is_wide[of]:
+                items.send(first, n_tokens, last)
 
     def _set_tokens(self, ids: NDArray[np.int32], runs: Sequence[Run]) -> None:
         """Write the tokens of a step and its runs."""
@@ -126,6 +133,7 @@ class StepInput:
         self._tokens[:, : len(ids)] = ids, seq[run_of], positions, is_long[run_of], run_of
         self._runs[: len(runs)].T[:] = first, n_tokens, n_past, reads, writes
         self.n_tokens, self.n_runs = len(ids), len(runs)
+        self._send_items(False, first, n_tokens, n_past + n_tokens - 1)
 
 
 class Int8(NamedTuple):

@@ -63,29 +63,37 @@ class Items(Table):
     def __init__(self, cut: Cut, n: int, device: torch.device) -> None:
         """n: the most tokens of a step."""
         self._cut, self.n = cut, 0  # n: items of this step
+        self._known = b""  # what the items were made of
         super().__init__(self.most(n), len(ITEM_WORDS), device)
 
     def most(self, n: int) -> int:
         """Return the most items that n tokens have, however long their sequences are."""
         return min(n + self._cut.n_part, n * self._cut.n_blocks)
 
-    def send(self, run_of: NDArray[np.int32], positions: NDArray[np.int32]) -> None:
-        """Cut the tokens of a step into items. run_of: the number of each token's run.
+    def send(self, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.int32]) -> None:
+        """Cut the runs of a step into items. last: the position of each run's last token.
 
         Parts are about equally long, whatever sequence they are of. How many blocks a tile sees is an estimate: the
-        kernel finds out where its part begins and ends.
+        kernel finds out where its part begins and ends. So the items of most steps are those of the step before.
         """
-        n = len(run_of)
-        starts = np.flatnonzero(np.diff(run_of, prepend=-1))
-        in_run = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
-        first = np.flatnonzero(in_run % self._cut.tokens == 0)
-        n_tokens = np.diff(first, append=n)
-        n_block = np.minimum(positions[first + n_tokens - 1] // self._cut.span + 1, self._cut.n_blocks)
-        n_part = -(-n_block // max(1, -(-int(n_block.sum()) // self._cut.n_part)))
-        tile = np.repeat(np.arange(len(first)), n_part)
-        part = np.arange(len(tile)) - np.repeat(np.cumsum(n_part) - n_part, n_part)
+        size, span, n_blocks, n_part = self._cut
+        n_block = np.minimum(last // span + 1, n_blocks)
+        known = first.tobytes() + n_tokens.tobytes() + n_block.tobytes()
+        if known == self._known:
+            return
+        self._known = known
+        run, i = _each(-(-n_tokens // size))
+        first, n_tokens, n_block = first[run] + i * size, np.minimum(n_tokens[run] - i * size, size), n_block[run]
+        n_parts = -(-n_block // max(1, -(-int(n_block.sum()) // n_part)))
+        tile, part = _each(n_parts)
         n_tokens = n_tokens[tile]
         rows = np.zeros((len(self.rows), len(ITEM_WORDS)), np.int32)
-        rows[: len(tile)].T[:] = first[tile], n_tokens, part, n_part[tile], np.cumsum(n_tokens) - n_tokens
+        rows[: len(tile)].T[:] = first[tile], n_tokens, part, n_parts[tile], np.cumsum(n_tokens) - n_tokens
         self.n = len(tile)
         self.send_rows(0, rows)
+
+
+def _each(counts: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the number of the group, and the number within the group, of each member of groups of so many."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - (np.cumsum(counts) - counts)[group]

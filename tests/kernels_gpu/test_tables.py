@@ -30,7 +30,9 @@ def made(cut: Cut, run_of: list[int], positions: list[int]) -> list[tuple[int, .
     """The items of a step, in a table for as many tokens. Those behind them are 0."""
     items = Items(cut, len(run_of), DEVICE)
     items.rows.fill_(7)
-    items.send(np.array(run_of, np.int32), np.array(positions, np.int32))
+    first = np.flatnonzero(np.diff(run_of, prepend=-1))
+    n_tokens = np.diff(first, append=len(run_of))
+    items.send(first, n_tokens, np.array(positions, np.int32)[first + n_tokens - 1])
     rows = items.rows.cpu().numpy()
     assert items.n <= items.most(len(run_of)) == len(rows)
     assert (rows[items.n :] == 0).all()
@@ -56,7 +58,7 @@ def test_items(size: int, n_part: int) -> None:
         row = 0
         for i, (token, n, part, n_of, first) in enumerate(found):
             assert (part, first) == (0 if part == 0 else found[i - 1][2] + 1, row)
-            assert 1 <= n_of <= positions[token + n - 1] // 64 + 1
+            assert 1 <= n_of <= (past + counts)[run_of[token]] // 64 + 1
             assert part == n_of - 1 or found[i + 1][:2] == (token, n)
             row += n
         assert row <= len(run_of) + size * n_part
