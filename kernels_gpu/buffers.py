@@ -108,13 +108,14 @@ class StepInput:
         if any(outputs for _, _, outputs in self._items):
             first = np.flatnonzero(np.diff(self._tokens[4, wanted], prepend=-1))
             n_tokens = np.diff(first, append=len(rows))
-            self._send_items(True, first, n_tokens, self._tokens[2, wanted[first + n_tokens - 1]])
+            last = self._tokens[2, wanted[first + n_tokens - 1]]
+            self._send_items(True, first, n_tokens, last.astype(np.intp))
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
 
     def _send_items(
-        self, of: bool, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.int32]
+        self, of: bool, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.intp]
     ) -> None:
         """Send the items of all tokens, or `of` those whose results are wanted. See Items.send."""
         self.is_wide[of] = bool(n_tokens.max(initial=0) > SHORT)
@@ -124,7 +125,7 @@ class StepInput:
 
     def _set_tokens(self, ids: NDArray[np.int32], runs: Sequence[Run]) -> None:
         """Write the tokens of a step and its runs."""
-        table = np.fromiter(chain.from_iterable(runs), np.int32, len(Run._fields) * len(runs)).reshape(len(runs), -1).T
+        table = np.fromiter(chain.from_iterable(runs), np.intp, len(Run._fields) * len(runs)).reshape(len(runs), -1).T
         seq, n_past, n_tokens, is_long, reads, writes = table
         first = np.cumsum(n_tokens) - n_tokens
         run_of = np.repeat(np.arange(len(runs)), n_tokens)

@@ -70,7 +70,7 @@ class Items(Table):
         """Return the most items that n tokens have, however long their sequences are."""
         return min(n + self._cut.n_part, n * self._cut.n_blocks)
 
-    def send(self, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.int32]) -> None:
+    def send(self, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.intp]) -> None:
         """Cut the runs of a step into items. last: the position of each run's last token.
 
         Parts are about equally long, whatever sequence they are of. How many blocks a tile sees is an estimate: the

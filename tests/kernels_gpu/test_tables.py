@@ -32,7 +32,7 @@ def made(cut: Cut, run_of: list[int], positions: list[int]) -> list[tuple[int, .
     items.rows.fill_(7)
     first = np.flatnonzero(np.diff(run_of, prepend=-1))
     n_tokens = np.diff(first, append=len(run_of))
-    items.send(first, n_tokens, np.array(positions, np.int32)[first + n_tokens - 1])
+    items.send(first, n_tokens, np.array(positions, np.intp)[first + n_tokens - 1])
     rows = items.rows.cpu().numpy()
     assert items.n <= items.most(len(run_of)) == len(rows)
     assert (rows[items.n :] == 0).all()
