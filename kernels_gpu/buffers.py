@@ -5,8 +5,9 @@ number of rows can be captured as a graph.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -199,6 +200,11 @@ class Memory:
         self._halves = dict[Buffer, Halves]()
         self._angles = dict[tuple[Rotation, bool], Array]()
         self._pairs = dict[tuple[int, ...], PairMemory]()
+
+    @cached_property
+    def capturing(self) -> tuple[torch.cuda.Stream, Any]:
+        """The stream on which graphs are captured, and their memory. cuBLAS keeps up to 32 MB for each such stream."""
+        return torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
     def n_row(self, x: Buffer) -> int:
         """Return the rows of a buffer's memory."""

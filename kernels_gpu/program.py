@@ -33,10 +33,9 @@ class Launches:
     On a GPU those of a bucket are captured as a graph: one for steps that are wide (StepInput.is_wide), one for others.
     """
 
-    def __init__(self, few: Sequence[Launch], many: Sequence[Launch], device: torch.device, capture: bool) -> None:
+    def __init__(self, few: Sequence[Launch], many: Sequence[Launch], memory: Memory, capture: bool) -> None:
         self._few, self._many, self._graphs = list(few), list(many), dict[tuple[int, bool], torch.cuda.CUDAGraph]()
-        self._captures = capture and device.type == "cuda"
-        self._device = device
+        self._captures, self._memory = capture and memory.device.type == "cuda", memory
 
     def run(self, n_row: int, is_wide: bool) -> None:
         n = bucket(n_row)
@@ -45,10 +44,9 @@ class Launches:
             return
         self.launch(n)
         if n <= GRAPHS[-1] and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
-            graph = torch.cuda.CUDAGraph()
-            # torch's own stream for captures is one device's; what other threads do meanwhile is no error
-            stream = torch.cuda.Stream(self._device)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            graph, (stream, pool) = torch.cuda.CUDAGraph(), self._memory.capturing
+            # what other threads do meanwhile is no error
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 self.launch(n)
             self._graphs[n, is_wide] = graph
 
@@ -58,7 +56,7 @@ class Launches:
             launch(n)
 
     def followed_by(self, launch: Launch) -> "Launches":
-        return Launches([*self._few, launch], [*self._many, launch], self._device, self._captures)
+        return Launches([*self._few, launch], [*self._many, launch], self._memory, self._captures)
 
     def clear(self) -> None:
         for held in (self._few, self._many, self._graphs):
@@ -81,7 +79,7 @@ class GpuProgram:
             if ops is after:  # its rows are others
                 known.clear()
             few, many = (bind(fuse(ops, few=few, known=known), memory) for few in (True, False))
-            launches.append(Launches(few, many, memory.device, capture))
+            launches.append(Launches(few, many, memory, capture))
             known |= {op.rotation for op in ops if isinstance(op, Rope)}
         *self._parts, self._after = launches
         memory.allocate()
