@@ -12,7 +12,7 @@ from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector.isa import Tuning
-from gguf_run.models.backend import Results, Run, Top
+from gguf_run.models.backend import Results, Run, Tops
 from gguf_run.models.operands import Buffer, Rotation
 
 if TYPE_CHECKING:
@@ -167,12 +167,7 @@ class CpuProgram:
         self._closed = False
 
     def run(
-        self,
-        ids: NDArray[np.int32],
-        runs: Sequence[Run],
-        rows: Sequence[int],
-        part: int = 0,
-        tops: Sequence[Top | None] = (),
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, tops: Tops = ()
     ) -> Results:
         if part == 0:
             self._tape.table.set_tokens(ids, runs)

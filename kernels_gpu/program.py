@@ -14,7 +14,7 @@ from gguf_run.kernels_gpu.device.tuning import FEW, GRAPHS, padded
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.rows.top import SIZES, Finder, Masks
-from gguf_run.models.backend import Results, Run, Top
+from gguf_run.models.backend import Results, Run, Tops
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Observe, Rope
 
@@ -90,12 +90,7 @@ class GpuProgram:
 
     @gpu_errors()
     def run(
-        self,
-        ids: NDArray[np.int32],
-        runs: Sequence[Run],
-        rows: Sequence[int],
-        part: int = 0,
-        tops: Sequence[Top | None] = (),
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, tops: Tops = ()
     ) -> Results:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
@@ -109,7 +104,7 @@ class GpuProgram:
                 return self._greatest(tops)
             return Results(self._results(len(rows)))
 
-    def _greatest(self, tops: Sequence[Top | None]) -> Results:
+    def _greatest(self, tops: Tops) -> Results:
         """Return the greatest values of result rows, and all values of those without a Top."""
         few, most = [i for i, top in enumerate(tops) if top is not None], max(top.n for top in tops if top is not None)
         size = next(n for n in SIZES if most <= n)

@@ -1,5 +1,6 @@
 """What passes between the decoder and its backends at run time. protocol.py has what a backend must do."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,16 +55,18 @@ class Top(NamedTuple):
     """Not all values of a result row are wanted, but the greatest ones."""
 
     n: int
-    # A bit for each column, 32 in a word, the lowest first. The values of columns whose bit is 0 count as less than all
-    # others, if they are finite. None: all bits are 1.
+    # A bit for each column, 32 in a word, the lowest first. 0: a finite value counts as less than all others.
     mask: NDArray[np.uint32] | None = None
+
+
+Tops = Sequence[Top | None]  # of some result rows; None: all values are wanted
 
 
 class Results(NamedTuple):
     """Result rows of a step."""
 
-    values: NDArray[np.float32]  # [rows, columns] without those of which a Top is wanted; memory of the program
-    # [rows of which a Top is wanted, n]: their greatest values in descending order, and the columns of these. Equal
-    # values are in the order of their columns. NaN counts as the greatest. What is missing is -inf, of column -1.
+    values: NDArray[np.float32]  # [rows without a Top, columns], memory of the program
+    # [rows with a Top, n]: the greatest values in descending order, and their columns. Equal values are in the order of
+    # their columns. NaN counts as the greatest. What is missing is -inf, of column -1.
     greatest: NDArray[np.float32] = np.empty((0, 0), np.float32)
     columns: NDArray[np.intp] = np.empty((0, 0), np.intp)

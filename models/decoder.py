@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import CacheType, Results, Run, Top
+from gguf_run.models.backend import CacheType, Results, Run, Tops
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import KvCache
 from gguf_run.models.stages import Placed, build, cache_layers, page_tables
@@ -90,11 +90,7 @@ class Decoder:
         ends = n_batch, n_outputs, report, self.observed, self.has_logits, adapters
         self._stages = build(config, tensors, placed, layers, *ends)
         self._program = self._stages[-1].program  # makes the logits
-
-    @property
-    def n_top(self) -> int:
-        """The most values of a Top; 0: `top` takes none."""
-        return self._program.n_top
+        self.n_top = self._program.n_top  # the most values of a Top; 0: `top` takes none
 
     @property
     def n_past(self) -> int:
@@ -161,18 +157,11 @@ class Decoder:
                 yield program.more(wanted[at : at + program.n_outputs])
 
     def step(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int] | None = None) -> NDArray[np.float32]:
-        """Append tokens to several sequences at once. See `top`.
-
-        Returns the logits after the tokens that `rows` names, f32[n, n_vocab], in the order of the batch. The next call
-        overwrites it.
-        """
+        """Return the logits that `top` returns without `tops`, f32[n, n_vocab]. The next call overwrites them."""
         return self.top(batch, rows).values
 
     def top(
-        self,
-        batch: Mapping[int, Sequence[int]],
-        rows: Mapping[int, int] | None = None,
-        tops: Sequence[Top | None] = (),
+        self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int] | None = None, tops: Tops = ()
     ) -> Results:
         """Append tokens to several sequences at once. Return the logits after some of them, or the greatest logits.
 
@@ -195,11 +184,7 @@ class Decoder:
         return self._run(tokens, counts, wanted, tops)
 
     def _run(
-        self,
-        batch: NDArray[np.int32],
-        counts: Mapping[int, int],
-        rows: Sequence[int],
-        tops: Sequence[Top | None] = (),
+        self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], tops: Tops = ()
     ) -> Results:
         """Run all stages for {seq: number of tokens}. rows, tops: see protocol.Program.run."""
         runs: list[Run] = self.cache.begin(counts)

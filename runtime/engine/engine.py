@@ -4,22 +4,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.models.backend import Top
 from gguf_run.models.pages import PAGE
 from gguf_run.runtime.engine.reply import Piece, Reply, Request
 from gguf_run.runtime.engine.rows import Rows
 from gguf_run.runtime.engine.sequence import Job, Sequence
-from gguf_run.runtime.sampling.candidates import Candidates
 
 if TYPE_CHECKING:
-    from numpy import float32, intp
+    from numpy import float32
     from numpy.typing import NDArray
 
+    from gguf_run.models.backend import Top
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.runner import Runner
     from gguf_run.runtime.engine.scheduler import Scheduler
@@ -291,56 +290,46 @@ class Engine:
                     ready.append(job)
             elif rows.asked is not None:
                 chosen.append((job, _sampled(job, rows.asked[2])))
-        tops = self._tops(ready, guesses)
-        wanted = [top for job in ready for top in [tops.get(job)] * n_rows[job.row]] if tops else []
-        found = self.decoder.top(batch, n_rows, wanted) if batch else None
-        if found is None:
+        if not batch:
             return chosen
-        whole, logits = [job for job in ready if job not in tops], found.values
+        tops: Mapping[Job, Top] = {}
+        if self.decoder.n_top and not self.deterministic:
+            from gguf_run.runtime.engine.tops import choose_top, tops_of  # late: for a GPU only
+
+            tops = tops_of(ready, guesses, self.decoder.n_top)
+        wanted = [tops.get(job) for job in ready for _ in range(n_rows[job.row])] if tops else []
+        found = self.decoder.top(batch, n_rows, wanted)
+        if tops:
+            chosen += choose_top(self._together(len(tops)), tops, found)
+            ready = [job for job in ready if job not in tops]
+        logits = found.values
         if guesses and self._speculation is not None:
-            logits = self._speculation.first_rows(whole, logits)
-        for i, job in enumerate(whole):
+            logits = self._speculation.first_rows(ready, logits)
+        for i, job in enumerate(ready):
             if not (job.n_chosen or job.cut.ids or self.deterministic):
                 rows.asked = list(job.request.ids), job.request.root, logits[i].copy()
-        chosen += self._choose(whole, logits) if whole else []
-        return chosen + (self._choose([*tops], found.greatest, found.columns, tops) if tops else [])
+        return chosen + self._choose(ready, logits) if ready else chosen
 
-    def _tops(self, ready: list[Job], guesses: Mapping[Job, list[int]]) -> dict[Job, Top]:
-        """Return the jobs for whose next token the greatest logits are enough, if the decoder finds them."""
-        found: dict[Job, Top] = {}
-        for job in ready if self.decoder.n_top and not self.deterministic else ():
-            n, constraint = job.reply.sampler.n_top, job.request.constraint
-            if 0 < n <= self.decoder.n_top and job.n_chosen and job not in guesses:
-                with suppress(Exception):  # the constraint's: it comes again when the token is chosen
-                    found[job] = Top(n, None if constraint is None else constraint.allowed())
-        return found
+    def _together(self, n: int) -> "ManySampler | None":
+        """Return what samples n rows together; None: they are sampled one after the other."""
+        if self._many is None or not (n > 1 or self.deterministic):
+            return None
+        self._chooser = self._chooser or self._many()
+        return self._chooser
 
-    def _choose(
-        self,
-        jobs: list[Job],
-        logits: "NDArray[float32]",
-        columns: "NDArray[intp] | None" = None,
-        tops: Mapping[Job, Top] = {},
-    ) -> list[tuple[Job, int | Exception]]:
-        """Choose the next token of each job, or tell why it has none.
-
-        logits: f32[len(jobs), n_vocab], or the greatest ones in order, of the ids `columns`, that `tops` asked for.
-        """
-        if self._many is not None and (len(jobs) > 1 or self.deterministic):
+    def _choose(self, jobs: list[Job], logits: "NDArray[float32]") -> list[tuple[Job, int | Exception]]:
+        """Choose the next token of each job, or tell why it has none. logits: f32[len(jobs), n_vocab]."""
+        if many := self._together(len(jobs)):
             from gguf_run.runtime.engine.choose import choose  # late: a prompt is alone
 
-            self._chooser = self._chooser or self._many()
-            return list(zip(jobs, choose(self._chooser, jobs, logits, columns, tops), strict=True))
-        if columns is None:
-            return [(job, _sampled(job, logits[i])) for i, job in enumerate(jobs)]
-        return [(job, _sampled(job, Candidates(logits[i], columns[i], True), tops[job])) for i, job in enumerate(jobs)]
+            return list(zip(jobs, choose(many, jobs, logits), strict=True))
+        return [(job, _sampled(job, logits[i])) for i, job in enumerate(jobs)]
 
 
-def _sampled(job: Job, logits: "NDArray[float32] | Candidates", top: Top | None = None) -> int | Exception:
-    """Return the next token of a job, or why it has none. top: what the logits are, if they are not all."""
+def _sampled(job: Job, logits: "NDArray[float32]") -> int | Exception:
+    """Return the next token of a job, or why it has none."""
     try:
         constraint = job.request.constraint
-        mask = top.mask if top is not None else None if constraint is None else constraint.allowed()
-        return job.reply.sampler.sample(logits, mask)
+        return job.reply.sampler.sample(logits, None if constraint is None else constraint.allowed())
     except Exception as error:  # the others go on
         return error
