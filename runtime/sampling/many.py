@@ -57,6 +57,7 @@ class ManySampler:
 
         logits, ids: [len(rows), n], the largest first.
         """
+        logits, ids = logits[:, : self._n_vocab], ids[:, : self._n_vocab]  # behind them nothing is left
         order = ids.argsort(axis=1)
         by_id, ids_by_id = np.take_along_axis(logits, order, axis=1), np.take_along_axis(ids, order, axis=1)
         for i, row in enumerate(rows):
