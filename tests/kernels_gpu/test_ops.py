@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,21 +272,25 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
             calls.append("replay")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", str)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: contextlib.nullcontext(calls.append(stream)))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, *place, **_: contextlib.nullcontext(calls.append(place)))
+    place = "pool", "stream"
+
+    def memory_of(device: str) -> Any:
+        return SimpleNamespace(device=torch.device(device), capturing=place[::-1])
+
     for device, capture, expected in (
-        ("cuda:1", True, [4, "cuda:1", 4, "replay", -9, -9]),
-        ("cuda", False, [4, 4, -9, -9]),
-        ("cpu", True, [4, 4, -9, -9]),
+        ("cuda:1", True, [4, place, 4, "replay", -16, place, -16, "replay", -16, place, -16, "replay", -129, -129]),
+        ("cuda", False, [4, 4, -16, -16, -16, -16, -129, -129]),
+        ("cpu", True, [4, 4, -16, -16, -16, -16, -129, -129]),
     ):
         calls.clear()
-        launches = Launches([calls.append], [lambda n: calls.append(-n)], torch.device(device), capture)
-        for n in (3, 4, 9, 9):
-            launches.run(n)
+        launches = Launches([calls.append], [lambda n: calls.append(-n)], memory_of(device), capture)
+        for n, is_wide in ((3, 0), (4, 0), (9, 0), (16, 0), (10, 1), (9, 1), (129, 1), (129, 0)):
+            launches.run(n, bool(is_wide))
         assert calls == expected
     calls.clear()
-    Launches([calls.append], [], torch.device("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4)
-    assert calls == [4, -4, "cuda:1", 4, -4]
+    Launches([calls.append], [], memory_of("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4, False)
+    assert calls == [4, -4, place, 4, -4]
 
 
 @pytest.mark.parametrize("style", ["norm", "neox"])
