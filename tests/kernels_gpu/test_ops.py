@@ -384,7 +384,7 @@ def greatest(row: np.ndarray, top: Top) -> np.ndarray:
 def test_the_greatest_results(n_column: int) -> None:
     """Equal ones, zeros of both signs, numbers that are none, masks; all values of some rows; fewer columns than are
     asked for. The greatest of thousands of columns are found in three steps."""
-    rng, n = np.random.default_rng(2), 6 if n_column < 9999 else 1
+    rng, n = np.random.default_rng(2), 4 if n_column < 9999 else 1
     x = rng.standard_normal((n, n_column)).astype(np.float32)
     x[0, ::3] = 1.5
     if n > 1:
@@ -392,7 +392,7 @@ def test_the_greatest_results(n_column: int) -> None:
     step = Step(gpu(), n)
     step.finish(step.input(x))
     masks = [None, *(np.packbits(rng.random(-(-n_column // 32) * 32) < part).view("<u4") for part in (0.0, 0.1, 0.9))]
-    for sizes in ((1,), (64,)) if n == 1 else ((1, 1, 1, 1, 1, 1), (64, 1, 0, 40, 3, 0), (0, 2, 64, 64, 64, 64)):
+    for sizes in ((1,), (64,)) if n == 1 else ((1, 1, 1, 1), (64, 1, 0, 40), (0, 2, 64, 64)):
         tops = [Top(k, masks[rng.integers(4)]) if k else None for k in sizes]
         found = step.program.run(np.arange(n, dtype=np.int32), [Run(0, 0, n)], range(n), tops=tops)
         assert np.array_equal(found.values, x[[i for i, top in enumerate(tops) if top is None]], equal_nan=True)
