@@ -367,20 +367,22 @@ def graphs(bench: Bench) -> list[Record]:
     made: list[NDArray[np.float32]] = []
     steps = [{0: 1}, dict.fromkeys(range(n), 1), {seq: 18 if seq == 1 else 1 for seq in range(n)}, {3: 2, 4: 5}]
     for replay in (True, False):
-        for launches in (program._parts[0], program._after):
+        for launches in (program._parts[0], program._after, *(found for found, _ in program._finders.values())):
             if not replay:
                 launches._graphs.clear()
                 launches._captures = False
         _set_depth(decoder)
         ids = itertools.count()
         rounds = 5 if bench.is_cuda and not bench.warm else 1
-        made.append(np.concatenate([
-            decoder.step({seq: [next(ids) % shape.n_vocab for _ in range(k)] for seq, k in step.items()}).copy()
-            for step in steps for _ in range(rounds)
-        ]))  # fmt: skip
-    same = np.array_equal(made[0], made[1])
-    if not same or not np.isfinite(made[0]).all():
-        raise AssertionError(f"logits differ by up to {np.abs(made[0] - made[1]).max():.2e}")
+        for step in steps * rounds:
+            batch = {seq: [next(ids) % shape.n_vocab for _ in range(k)] for seq, k in step.items()}
+            made.append(decoder.step(batch).copy())
+            found = decoder.top({seq: [next(ids) % shape.n_vocab] for seq in step}, None, [Top(4)] * len(step))
+            made += [found.greatest, found.columns.astype(np.float32)]
+    half = len(made) // 2
+    for replayed, launched in zip(made[:half], made[half:], strict=True):
+        if not np.array_equal(replayed, launched) or not np.isfinite(replayed).all():
+            raise AssertionError(f"logits differ by up to {np.abs(replayed - launched).max():.2e}")
     return [{"name": "launches against graphs: the same bits"}]
 
 
