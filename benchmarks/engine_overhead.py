@@ -38,19 +38,16 @@ class _Decoder:
         tables = [PageTable.new(0, n_ctx, 512, n_seq)]
         layers: list[CacheLayer[Any, Any]] = [CacheLayer(None, 0, None)]
         self.cache, self.n_ctx, self.n_batch = KvCache(layers, tables, n_ctx), n_ctx, 512
-        self.config, self.adapters, self.seconds = SimpleNamespace(n_vocab=N_VOCAB), None, 0.0
+        self.config, self.adapters, self.seconds, self.n_top = SimpleNamespace(n_vocab=N_VOCAB), None, 0.0, 0
         self._logits = np.zeros((n_seq, N_VOCAB), np.float32)
         self._logits[:, 7] = 1
 
-    def step(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int]) -> NDArray[np.float32]:
+    def top(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int], tops: Sequence[None]) -> Results:
         start = time.perf_counter()
         runs = self.cache.begin({seq: len(ids) for seq, ids in batch.items()})
         self.cache.end(runs, [id for ids in batch.values() for id in ids])
         self.seconds += time.perf_counter() - start
-        return self._logits[: sum(rows.values())]
-
-    def top(self, ids: Sequence[int], n_top: int, seq: int) -> Results:
-        return Results(self.step({seq: ids}, {seq: 1}))
+        return Results(self._logits[: sum(rows.values())])
 
 
 class _Many:

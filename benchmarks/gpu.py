@@ -36,7 +36,10 @@ TESTS = [
 NO_MODEL_FILES = "not real_model"
 NOMINAL = {"H200": 4.0e12, "H100": 2.9e12}  # bytes per second that a plain read reaches
 SILENT = 120.0  # seconds without a record after which a process is stopped; the interpreter gets ten times as long
-QUICK = ("limits", "check", "Q4_K", "Q6_K", "Q8_0", "attention f16", "attention q8_0", "llama-8b Q4_K_M")
+QUICK = (
+    "limits", "check", "Q4_K", "Q6_K", "Q8_0", "attention f16", "attention q8_0", "llama-8b Q4_K_M",
+    "llama-8b Q4_K_M, users, f16",
+)  # fmt: skip
 # Part of case and record: tokens per second on an H200, or the part of what the bytes allow at its nominal bandwidth.
 TARGETS: tuple[tuple[str, str, float], ...] = (
     ("llama-8b Q4_K_M", "decode", 600),

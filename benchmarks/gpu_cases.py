@@ -5,6 +5,7 @@ memory to read, or floating-point operations of tensor cores.
 """
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from gguf_run.kernels_gpu.device.tuning import FEW, Tuning
 from gguf_run.kernels_gpu.panels.memory import GpuWeight
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.kernels_gpu.program import GpuProgram
-from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.backend import CacheType, Run, Top
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
@@ -49,14 +50,18 @@ class Sizes:
     square: int
     depth: int
     prefill: tuple[int, ...]
+    users: tuple[int, ...]
     steps: int
     shapes: Mapping[str, Shape]
 
 
-FULL = Sizes(4096, 14336, (1, 2, 4, 8, 16, 32, 512, 2048), 400 << 20, 4 << 30, 8192, 32768, (512, 2048), 64, SHAPES)
+FULL = Sizes(
+    4096, 14336, (1, 2, 4, 8, 16, 32, 512, 2048), 400 << 20, 4 << 30, 8192, 32768, (512, 2048), (8, 16, 32, 64, 128),
+    64, SHAPES,
+)  # fmt: skip
 _TINY = Shape("tiny", 1, 32, 1, 1, 32, 32, 8, 256, 1e4, False)
 _TINIES = {name: replace(_TINY, n_expert=s.n_expert and 2, n_expert_used=1) for name, s in SHAPES.items()}
-TINY = Sizes(256, 40, (1, 9, 33), 1, 4096, 32, 40, (9,), 1, _TINIES)
+TINY = Sizes(256, 40, (1, 9, 33), 1, 4096, 32, 40, (9,), (9,), 1, _TINIES)
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,15 @@ def attention(
 
 
 def decoder_of(
-    bench: Bench, shape: Shape, type_name: str, n_ctx: int, n_batch: int, kind: str = "f16", n_layer: int | None = None
+    bench: Bench,
+    shape: Shape,
+    type_name: str,
+    n_ctx: int,
+    n_batch: int,
+    kind: str = "f16",
+    n_layer: int | None = None,
+    n_seq: int = 1,
+    n_cells: int | None = None,
 ) -> tuple[Decoder, int]:
     """Return a decoder of random weights, and the bytes of weights that a token reads."""
     n_layer = n_layer or (1 if bench.warm else shape.n_layer)
@@ -255,7 +268,7 @@ def decoder_of(
     backend: Any = RandomBackend(bench.device)
     layers = [backend] * n_layer
     kinds = [CacheType(kind, kind)] * n_layer
-    decoder = Decoder(config, tensors, layers, n_ctx, n_batch, n_outputs=1, cache_types=kinds)
+    decoder = Decoder(config, tensors, layers, n_ctx, n_batch, 1, n_seq, kinds, n_cells=n_cells)
     # of the experts, a token reads the weights of those that it goes to
     experts = sum(info.nbytes for name, info in tensors.items() if "_exps" in name)
     unread = int(experts * (1 - shape.n_expert_used / shape.n_expert)) if experts else 0
@@ -263,9 +276,12 @@ def decoder_of(
     return decoder, backend.nbytes()["weights"] - embedding - unread
 
 
-def _set_depth(decoder: Decoder, n_past: int) -> None:
-    decoder.cache.clear(0)
-    decoder.cache.end(decoder.cache.begin({0: n_past}), [0] * n_past)
+def _set_depth(decoder: Decoder, *n_past: int) -> None:
+    """Let the first sequences have so many tokens each, and the others none."""
+    for seq in range(decoder.cache.n_seq):
+        decoder.cache.clear(seq)
+    for seq, n in enumerate(n_past):
+        decoder.cache.end(decoder.cache.begin({seq: n}) if n else [], [0] * n)
 
 
 def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str = "all") -> Iterator[Record]:
@@ -283,14 +299,14 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
         def tokens(n: int = steps, depth: int = depth) -> None:
             _set_depth(decoder, depth)
             for i in range(n):
-                decoder.top([i], 1)
+                decoder.top({0: [i]}, None, [Top(1)])
 
         tokens(min(2, steps))
         wall = bench.wall(tokens, 3) / steps
 
         def device() -> None:
-            program._parts[0].run(1)
-            program._tops[1][0].run(1)
+            program._parts[0].run(1, False)
+            program._finders[1][0].run(1, False)
 
         on_device = wall if bench.warm else bench.events(device)
         at = f"decode at depth {depth}" if depth else "decode"
@@ -309,23 +325,64 @@ def model(bench: Bench, name: str, type_name: str, kind: str = "f16", what: str 
     decoder.close()
 
 
+def users(bench: Bench, name: str, type_name: str, kind: str = "f16") -> Iterator[Record]:
+    """Time steps of many sequences, through the Decoder: all as long, and one long one among them."""
+    sizes, steps = bench.sizes, 1 if bench.warm else 16
+    depth, most = min(1024, sizes.depth), max(sizes.users)
+    n_cells = sizes.depth + (most + 1) * (depth + 2 * PAGE)
+    shape, n_ctx = sizes.shapes[name], sizes.depth + PAGE
+    decoder, weight_bytes = decoder_of(bench, shape, type_name, n_ctx, most, kind, n_seq=most, n_cells=n_cells)
+    kv_bytes = decoder.nbytes()["cache"] / n_cells
+    program: Any = decoder._program
+    cases = [([depth] * n, f"{n} users") for n in sizes.users]
+    middle = sizes.users[len(sizes.users) // 2]
+    cases.append(([sizes.depth] + [depth] * (middle - 1), f"{middle} users, one at depth {sizes.depth}"))
+    for depths, what in cases:
+        n = len(depths)
+
+        def tokens(depths: Sequence[int] = depths) -> None:
+            _set_depth(decoder, *depths)
+            for i in range(steps):
+                decoder.top({seq: [i] for seq in range(len(depths))}, None, [Top(40)] * len(depths))
+
+        tokens()
+        wall = bench.wall(tokens, 3) / steps
+
+        def device(n: int = n) -> None:
+            program._parts[0].run(n, False)
+            program._finders[64][0].run(n, False)
+
+        on_device = wall if bench.warm else bench.events(device)
+        read = weight_bytes + kv_bytes * (sum(depths) + n * steps / 2)
+        yield {"name": what, "seconds": wall, "tokens": n, "bytes": read}
+        yield {"name": f"{what}: not on the device", "seconds": max(1e-9, wall - on_device)}
+    decoder.close()
+
+
 def graphs(bench: Bench) -> list[Record]:
-    """Check that replayed graphs give the same bits as launches."""
-    shape = bench.sizes.shapes["llama-1b"]
-    decoder, _ = decoder_of(bench, shape, "Q4_K_M", 256, 64, n_layer=2 if bench.is_cuda else 1)
+    """Check that replayed graphs give the same bits as launches: for one sequence, many, and a prompt among them."""
+    shape, n, n_layer = bench.sizes.shapes["llama-1b"], 33 if bench.is_cuda else 9, 2 if bench.is_cuda else 1
+    decoder, _ = decoder_of(bench, shape, "Q4_K_M", 256, 64, n_layer=n_layer, n_seq=n)
     program: Any = decoder._program
     made: list[NDArray[np.float32]] = []
+    steps = [{0: 1}, dict.fromkeys(range(n), 1), {seq: 18 if seq == 1 else 1 for seq in range(n)}, {3: 2, 4: 5}]
     for replay in (True, False):
-        for launches in (program._parts[0], program._after):
+        for launches in (program._parts[0], program._after, *(found for found, _ in program._finders.values())):
             if not replay:
                 launches._graphs.clear()
                 launches._captures = False
-        decoder.rewind(0)
-        steps = 5 if bench.is_cuda and not bench.warm else 1
-        made.append(np.stack([decoder.step({0: [i]})[0].copy() for i in range(steps)]))
-    same = np.array_equal(made[0], made[1])
-    if not same or not np.isfinite(made[0]).all():
-        raise AssertionError(f"logits differ by up to {np.abs(made[0] - made[1]).max():.2e}")
+        _set_depth(decoder)
+        ids = itertools.count()
+        rounds = 5 if bench.is_cuda and not bench.warm else 1
+        for step in steps * rounds:
+            batch = {seq: [next(ids) % shape.n_vocab for _ in range(k)] for seq, k in step.items()}
+            made.append(decoder.step(batch).copy())
+            found = decoder.top({seq: [next(ids) % shape.n_vocab] for seq in step}, None, [Top(4)] * len(step))
+            made += [found.greatest, found.columns.astype(np.float32)]
+    half = len(made) // 2
+    for replayed, launched in zip(made[:half], made[half:], strict=True):
+        if not np.array_equal(replayed, launched) or not np.isfinite(replayed).all():
+            raise AssertionError(f"logits differ by up to {np.abs(replayed - launched).max():.2e}")
     return [{"name": "launches against graphs: the same bits"}]
 
 
@@ -404,6 +461,10 @@ CASES: dict[str, dict[str, Callable[..., Any]]] = {
         **{
             f"llama-8b {name}": functools.partial(model, name="llama-8b", type_name=name)
             for name in ("Q4_K_M", "Q8_0", "Q4_0", "Q6_K")
+        },
+        **{
+            f"llama-8b Q4_K_M, users, {kind}": functools.partial(users, name="llama-8b", type_name="Q4_K_M", kind=kind)
+            for kind in ("f16", "q8_0")
         },
         "llama-8b Q4_K_M, q8_0": functools.partial(
             model, name="llama-8b", type_name="Q4_K_M", kind="q8_0", what="decode"

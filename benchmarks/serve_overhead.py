@@ -20,9 +20,9 @@ import click
 import numpy as np
 import uvicorn
 from engine_overhead import _Decoder
-from numpy.typing import NDArray
 
 from gguf_run.formats.gguf.reader import GGUFFile
+from gguf_run.models.backend import Results
 from gguf_run.runtime.load.load_model import LoadedModel
 from gguf_run.runtime.model import Model
 from gguf_run.runtime.serve.app import make_app
@@ -42,13 +42,13 @@ class _Waiting(_Decoder):
         self.step_s, self.times, self.rows = step_ms / 1000, list[float](), list[int]()
         self.loop_clock, self.loop_times = 0, list[float]()
 
-    def step(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int]) -> NDArray[np.float32]:
+    def top(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int], tops: Sequence[None]) -> Results:
         self.times.append(time.thread_time())
         self.loop_times.append(time.clock_gettime(self.loop_clock))
         self.rows.append(len(batch))
-        logits = super().step(batch, rows)
+        results = super().top(batch, rows, tops)
         time.sleep(self.step_s)
-        return logits
+        return results
 
     def close(self) -> None:
         """Nothing is held."""

@@ -12,7 +12,7 @@ from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector.isa import Tuning
-from gguf_run.models.backend import Results, Run
+from gguf_run.models.backend import Results, Run, Tops
 from gguf_run.models.operands import Buffer, Rotation
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ class Tape:
 class CpuProgram:
     """models.protocol.Program."""
 
+    n_top = 0  # all columns are in memory anyway
+
     def __init__(self, team: Team, tape: Tape, ends: Sequence[int], result: Buffer) -> None:
         """ends: the number of kernels on the tape at the end of each part. The kernels behind them are `after`."""
         self.n_batch, self.n_outputs = tape.n_batch, tape.n_outputs
@@ -165,9 +167,8 @@ class CpuProgram:
         self._closed = False
 
     def run(
-        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, tops: Tops = ()
     ) -> Results:
-        """models.protocol.Program.run. All columns are in memory anyway, whatever n_top is."""
         if part == 0:
             self._tape.table.set_tokens(ids, runs)
         return Results(self._run(self._last if len(rows) else self._parts[part], rows))

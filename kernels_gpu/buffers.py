@@ -5,17 +5,19 @@ number of rows can be captured as a graph.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor as Array
 
-from gguf_run.kernels_gpu.device.tuning import FEW, Tuning, padded
+from gguf_run.kernels_gpu.device.tuning import FEW, GRAPHS, SHORT, Tuning, padded
 from gguf_run.kernels_gpu.fuse import BLOCK
 from gguf_run.kernels_gpu.panels.memory import GpuExperts
-from gguf_run.kernels_gpu.tables import Pages, Tiles
+from gguf_run.kernels_gpu.tables import Cut, Items, Pages
 from gguf_run.models.adapter_scales import AdapterScales
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import Buffer, Rotation
@@ -53,17 +55,18 @@ class StepInput:
         self.ids, self.seqs, self.positions, self.is_long, self.run_of = tokens.view(5, -1)
         self.runs = runs.view(n_batch, -1)  # int32[n_batch, RUN_WORDS]; rows behind the step's runs are 0
         self._of = Tokens(self.seqs, self.positions, self.is_long), Tokens(*wanted.view(3, -1))
-        self._pages, self._tiles = dict[PageTable, Pages](), dict[tuple[int, bool], Tiles]()
+        self._pages, self._items = dict[PageTable, Pages](), dict[tuple[Cut, bool, bool], Items]()
         self._scales = dict[AdapterScales, Array]()
         tokens, runs, rows, wanted = self._host.split(sizes)
         self._tokens, self._runs, self._rows = tokens.view(5, -1).numpy(), runs.view(n_batch, -1).numpy(), rows.numpy()
         self._wanted = wanted.view(3, -1).numpy()
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self.n_tokens = self.n_out = self.n_runs = 0
+        self.is_wide = [False, False]  # of all tokens, of those whose results are wanted: a run is longer than SHORT
 
     def n_run(self, n_row: int) -> int:
-        """Return the runs to launch for: those of the step. A graph for few rows serves any runs: one for each row."""
-        return n_row if n_row <= FEW else self.n_runs
+        """Return the runs to launch for: those of the step. A graph serves any runs: one for each row."""
+        return n_row if n_row <= GRAPHS[-1] else self.n_runs
 
     def pages(self, table: PageTable) -> Array:
         """Return the device's copy of a page table. Each step brings it up to date."""
@@ -77,16 +80,12 @@ class StepInput:
             self._scales[scales] = torch.zeros(scales.values.shape, device=self._device.device)
         return self._scales[scales]
 
-    def tiles(self, size: int, outputs: bool) -> Tiles:
-        """Return tiles of up to `size` tokens, or of those whose results are wanted. See stands_alone."""
-        if (size, outputs) not in self._tiles:
-            n_row = len(self.rows) if outputs else len(self.ids)
-            self._tiles[size, outputs] = Tiles(size, n_row, self._device.device)
-        return self._tiles[size, outputs]
-
-    def stands_alone(self, n_row: int) -> bool:
-        """Return whether each of n_row tokens is a tile: always for few, else if most of the runs are one token."""
-        return n_row <= FEW or n_row < 2 * self.n_runs
+    def items(self, cut: Cut, *, wide: bool, outputs: bool) -> Items:
+        """Return the items of all tokens, or of those whose results are wanted, in steps that are `wide` or not."""
+        key = cut, wide, outputs
+        if key not in self._items:
+            self._items[key] = Items(cut, len(self.rows) if outputs else len(self.ids), self._device.device)
+        return self._items[key]
 
     def of(self, outputs: bool) -> Tokens:
         """Return all tokens, or those whose results are wanted."""
@@ -96,33 +95,47 @@ class StepInput:
         """Write the wanted rows and the tokens. Without ids the tokens stay."""
         if self._sent is not None:
             self._sent.synchronize()  # the device has read what was sent last
-        self.n_out = len(rows)
+        self.n_out, wanted = len(rows), np.fromiter(rows, np.intp, len(rows))
         self._rows[:] = 0
-        self._rows[: len(rows)] = rows
+        self._rows[: len(rows)] = wanted
         if ids is not None:
-            tokens, at = self._tokens, 0
-            tokens[:], self._runs[:] = [[0], [0], [-1], [0], [0]], 0
-            tokens[0, : len(ids)] = ids
-            for i, run in enumerate(runs):
-                end = at + run.n_tokens
-                tokens[1:, at:end] = [[run.seq], [0], [run.is_long], [i]]
-                tokens[2, at:end] = np.arange(run.n_past, run.n_past + run.n_tokens)
-                self._runs[i] = at, run.n_tokens, run.n_past, run.reads, run.writes
-                at = end
-            self.n_tokens, self.n_runs = len(ids), len(runs)
+            self._set_tokens(ids, runs)
             for pages in self._pages.values():
                 pages.send()
             for scales, memory in self._scales.items():
                 memory.copy_(torch.from_numpy(scales.values), non_blocking=True)
         self._wanted[:] = [[0], [-1], [0]]
-        self._wanted[:, : len(rows)] = self._tokens[1:4, list(rows)]
-        for (_, outputs), tiles in self._tiles.items():
-            run_of = self._tokens[4, list(rows) if outputs else slice(self.n_tokens)]
-            if not self.stands_alone(len(run_of)):
-                tiles.send(run_of)
+        self._wanted[:, : len(rows)] = self._tokens[1:4, wanted]
+        if any(outputs for _, _, outputs in self._items):
+            first = np.flatnonzero(np.diff(self._tokens[4, wanted], prepend=-1))
+            n_tokens = np.diff(first, append=len(rows))
+            last = self._tokens[2, wanted[first + n_tokens - 1]]
+            self._send_items(True, first, n_tokens, last.astype(np.intp))
         self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
+
+    def _send_items(
+        self, of: bool, first: NDArray[np.intp], n_tokens: NDArray[np.intp], last: NDArray[np.intp]
+    ) -> None:
+        """Send the items of all tokens, or `of` those whose results are wanted. See Items.send."""
+        self.is_wide[of] = bool(n_tokens.max(initial=0) > SHORT)
+        for (_, wide, outputs), items in self._items.items():
+            if outputs == of and wide == self.is_wide[of]:
+                items.send(first, n_tokens, last)
+
+    def _set_tokens(self, ids: NDArray[np.int32], runs: Sequence[Run]) -> None:
+        """Write the tokens of a step and its runs."""
+        table = np.fromiter(chain.from_iterable(runs), np.intp, len(Run._fields) * len(runs)).reshape(len(runs), -1).T
+        seq, n_past, n_tokens, is_long, reads, writes = table
+        first = np.cumsum(n_tokens) - n_tokens
+        run_of = np.repeat(np.arange(len(runs)), n_tokens)
+        positions = np.arange(len(ids)) + (n_past - first)[run_of]
+        self._tokens[:], self._runs[:] = [[0], [0], [-1], [0], [0]], 0
+        self._tokens[:, : len(ids)] = ids, seq[run_of], positions, is_long[run_of], run_of
+        self._runs[: len(runs)].T[:] = first, n_tokens, n_past, reads, writes
+        self.n_tokens, self.n_runs = len(ids), len(runs)
+        self._send_items(False, first, n_tokens, n_past + n_tokens - 1)
 
 
 class Int8(NamedTuple):
@@ -187,6 +200,11 @@ class Memory:
         self._halves = dict[Buffer, Halves]()
         self._angles = dict[tuple[Rotation, bool], Array]()
         self._pairs = dict[tuple[int, ...], PairMemory]()
+
+    @cached_property
+    def capturing(self) -> tuple[torch.cuda.Stream, Any]:
+        """The stream on which graphs are captured, and their memory. cuBLAS keeps up to 32 MB for each such stream."""
+        return torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
     def n_row(self, x: Buffer) -> int:
         """Return the rows of a buffer's memory."""

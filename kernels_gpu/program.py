@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.device import current
 from gguf_run.kernels_gpu.device.errors import gpu_errors
-from gguf_run.kernels_gpu.device.tuning import FEW, padded
+from gguf_run.kernels_gpu.device.tuning import FEW, GRAPHS, padded
 from gguf_run.kernels_gpu.fuse import fuse
 from gguf_run.kernels_gpu.launch import bind
-from gguf_run.kernels_gpu.rows.top import SIZES, Top
-from gguf_run.models.backend import Results, Run
+from gguf_run.kernels_gpu.rows.top import SIZES, Finder, Masks
+from gguf_run.models.backend import Results, Run, Tops
 from gguf_run.models.operands import Buffer, Rotation
 from gguf_run.models.ops import Observe, Rope
 
@@ -24,33 +24,31 @@ if TYPE_CHECKING:
 
 def bucket(n_row: int) -> int:
     """Return how many rows run for n_row: few kinds of small steps, so that each is compiled, or captured, once."""
-    return next((m for m in (1, 2, 4, FEW) if n_row <= m), n_row)
+    return next((m for m in GRAPHS if n_row <= m), n_row)
 
 
 class Launches:
     """Launches that follow each other: those for few rows, or those for more.
 
-    On a GPU those for few rows are captured as a graph, one for each bucket.
+    On a GPU those of a bucket are captured as a graph: one for steps that are wide (StepInput.is_wide), one for others.
     """
 
-    def __init__(self, few: Sequence[Launch], many: Sequence[Launch], device: torch.device, capture: bool) -> None:
-        self._few, self._many, self._graphs = list(few), list(many), dict[int, torch.cuda.CUDAGraph]()
-        self._captures = capture and device.type == "cuda"
-        self._device = device
+    def __init__(self, few: Sequence[Launch], many: Sequence[Launch], memory: Memory, capture: bool) -> None:
+        self._few, self._many, self._graphs = list(few), list(many), dict[tuple[int, bool], torch.cuda.CUDAGraph]()
+        self._captures, self._memory = capture and memory.device.type == "cuda", memory
 
-    def run(self, n_row: int) -> None:
+    def run(self, n_row: int, is_wide: bool) -> None:
         n = bucket(n_row)
-        if n in self._graphs:
-            self._graphs[n].replay()
+        if (n, is_wide) in self._graphs:
+            self._graphs[n, is_wide].replay()
             return
         self.launch(n)
-        if n <= FEW and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
-            graph = torch.cuda.CUDAGraph()
-            # torch's own stream for captures is one device's; what other threads do meanwhile is no error
-            stream = torch.cuda.Stream(self._device)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        if n <= GRAPHS[-1] and self._captures:  # all kernels are compiled and loaded now; capturing runs nothing
+            graph, (stream, pool) = torch.cuda.CUDAGraph(), self._memory.capturing
+            # what other threads do meanwhile is no error
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 self.launch(n)
-            self._graphs[n] = graph
+            self._graphs[n, is_wide] = graph
 
     def launch(self, n: int) -> None:
         """Launch all kernels for n rows, a bucket."""
@@ -58,7 +56,7 @@ class Launches:
             launch(n)
 
     def followed_by(self, launch: Launch) -> "Launches":
-        return Launches([*self._few, launch], [*self._many, launch], self._device, self._captures)
+        return Launches([*self._few, launch], [*self._many, launch], self._memory, self._captures)
 
     def clear(self) -> None:
         for held in (self._few, self._many, self._graphs):
@@ -67,6 +65,8 @@ class Launches:
 
 class GpuProgram:
     """models.protocol.Program."""
+
+    n_top = SIZES[-1]
 
     def __init__(self, memory: Memory, parts: Sequence[Sequence[Any]], after: Sequence[Any], result: Buffer) -> None:
         """Bind lists of ops to memory. See models.protocol.Backend.program."""
@@ -79,17 +79,18 @@ class GpuProgram:
             if ops is after:  # its rows are others
                 known.clear()
             few, many = (bind(fuse(ops, few=few, known=known), memory) for few in (True, False))
-            launches.append(Launches(few, many, memory.device, capture))
+            launches.append(Launches(few, many, memory, capture))
             known |= {op.rotation for op in ops if isinstance(op, Rope)}
         *self._parts, self._after = launches
         memory.allocate()
         self._host = torch.zeros(padded(self.n_outputs), result.width, pin_memory=memory.device.type == "cuda")
-        self._tops = dict[int, tuple[Launches, Top]]()
+        self._finders = dict[int, tuple[Launches, Finder]]()
+        self._masks: Masks | None = None  # made with the first finder
         self._closed = False
 
     @gpu_errors()
     def run(
-        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, tops: Tops = ()
     ) -> Results:
         if self._closed:  # its memory is gone
             raise ValueError("the program is closed")
@@ -98,21 +99,28 @@ class GpuProgram:
                 self.memory.step.set(rows, ids, runs)
             elif rows:
                 self.memory.step.set(rows)
-            self._parts[part].run(len(ids))
-            if len(rows) == 1 and 0 < n_top <= SIZES[-1]:
-                return self._greatest(n_top)
+            self._parts[part].run(len(ids), self.memory.step.is_wide[False])
+            if any(tops):
+                return self._greatest(tops)
             return Results(self._results(len(rows)))
 
-    def _greatest(self, k: int) -> Results:
-        """Return the k greatest values of the only result row."""
-        size = next(n for n in SIZES if k <= n)
-        if size not in self._tops:
-            top = Top(self._result, size)
-            self._tops[size] = self._after.followed_by(top.launch), top
-        launches, top = self._tops[size]
-        launches.run(1)
-        columns, values = top.fetch(k)
-        return Results(values[np.newaxis], columns)
+    def _greatest(self, tops: Tops) -> Results:
+        """Return the greatest values of result rows, and all values of those without a Top."""
+        few, most = [i for i, top in enumerate(tops) if top is not None], max(top.n for top in tops if top is not None)
+        size = next(n for n in SIZES if most <= n)
+        if self._masks is None:
+            self._masks = Masks(len(self._result), self._result.shape[1], self.memory.device)
+        if size not in self._finders:
+            finder = Finder(self._result, size, self._masks)
+            self._finders[size] = self._after.followed_by(finder.launch), finder
+        launches, finder = self._finders[size]
+        self._masks.send(tops)
+        launches.run(len(tops), self.memory.step.is_wide[True])
+        whole = [i for i, top in enumerate(tops) if top is None]
+        for at, i in enumerate(whole):
+            self._host[at].copy_(self._result[i], non_blocking=True)
+        values, columns = finder.fetch(len(tops))  # waits for all copies
+        return Results(self._host[: len(whole)].numpy(), values[few, :most], columns[few, :most])
 
     @gpu_errors()
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -123,7 +131,7 @@ class GpuProgram:
     def _results(self, n_row: int) -> NDArray[np.float32]:
         host = self._host[:n_row]
         if n_row:
-            self._after.run(n_row)
+            self._after.run(n_row, self.memory.step.is_wide[True])
             host.copy_(self._result[:n_row], non_blocking=True)
             if self.memory.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
@@ -145,6 +153,6 @@ class GpuProgram:
 
     def close(self) -> None:
         self._closed = True
-        for launches in (*self._parts, self._after, *(launches for launches, _ in self._tops.values())):
+        for launches in (*self._parts, self._after, *(launches for launches, _ in self._finders.values())):
             launches.clear()
-        self._tops.clear()
+        self._finders.clear()

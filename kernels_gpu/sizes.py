@@ -27,13 +27,14 @@ def program_bytes(
     n_batch, n_outputs = padded(n_batch), padded(n_outputs)
     matrices = [tensor for tensor in tensors if len(tensor.ne) > 1]
     inner = max(tensor.ne[1] * (2 if "ffn_" in tensor.name else 1) for tensor in matrices if "blk." in tensor.name)
-    # Attention's sums of parts, and what the sums are relative to.
-    attention = max(n_batch, MOST_PROGRAMS) * config.n_head * (config.head_dim + 2)
+    # Attention's sums of parts, and what the sums are relative to: for each token, and for each part of up to 64 rows.
+    attention = (n_batch * config.n_head + MOST_PROGRAMS * max(64, config.n_head)) * (config.head_dim + 2)
     # Pairs of tokens and experts: results of products, choice, weights, counts.
     n_used = config.moe.n_used if config.moe else 0
     pairs = n_used * (max(2 * config.n_ff_exp, config.n_embd) + 4) + 2 * config.n_expert
-    # For each row: buffers, their int8 or f16 forms (not larger than `inner`), angles of two rotations.
-    rows = (n_batch + n_outputs) * (row_width + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab
+    # For each row: buffers, their int8 or f16 forms (not larger than `inner`), angles of two rotations. Of the result
+    # also masks and the greatest values: together less than a fifth of it.
+    rows = (n_batch + n_outputs) * (row_width + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab * 6 // 5
     raw = max(n_batch * inner, n_outputs * config.n_vocab)
     weights = min(SCRATCH, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
     return 4 * (rows + raw + attention) + 2 * weights

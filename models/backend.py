@@ -1,5 +1,6 @@
 """What passes between the decoder and its backends at run time. protocol.py has what a backend must do."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,8 +51,22 @@ class Run(NamedTuple):
     writes: int = 1
 
 
+class Top(NamedTuple):
+    """Not all values of a result row are wanted, but the greatest ones."""
+
+    n: int
+    # A bit for each column, 32 in a word, the lowest first. 0: a finite value counts as less than all others.
+    mask: NDArray[np.uint32] | None = None
+
+
+Tops = Sequence[Top | None]  # of some result rows; None: all values are wanted
+
+
 class Results(NamedTuple):
     """Result rows of a step."""
 
-    values: NDArray[np.float32]  # [number of rows, number of columns], memory of the program
-    columns: NDArray[np.intp] | None = None  # the column of each value, if there is one row; None: all columns in order
+    values: NDArray[np.float32]  # [rows without a Top, columns], memory of the program
+    # [rows with a Top, n]: the greatest values in descending order, and their columns. Equal values are in the order of
+    # their columns. NaN counts as the greatest. What is missing is -inf, of column -1.
+    greatest: NDArray[np.float32] = np.empty((0, 0), np.float32)
+    columns: NDArray[np.intp] = np.empty((0, 0), np.intp)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.errors import GgufRunError
 from gguf_run.formats.gguf.reader import Tensor
-from gguf_run.models.backend import CacheType, Results, Run
+from gguf_run.models.backend import CacheType, Results, Run, Tops
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.kv_cache import KvCache
 from gguf_run.models.stages import Placed, build, cache_layers, page_tables
@@ -90,6 +90,7 @@ class Decoder:
         ends = n_batch, n_outputs, report, self.observed, self.has_logits, adapters
         self._stages = build(config, tensors, placed, layers, *ends)
         self._program = self._stages[-1].program  # makes the logits
+        self.n_top = self._program.n_top  # the most values of a Top; 0: `top` takes none
 
     @property
     def n_past(self) -> int:
@@ -122,17 +123,6 @@ class Decoder:
             self._run(tokens[start:end], {seq: end - start}, ())
             start = end
         return self._logits(tokens[start:], first - start, seq)
-
-    def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> Results:
-        """Append up to n_batch tokens. Return the n_top greatest logits of the next token.
-
-        A backend that does not search for the greatest logits returns all of them. n_top: see protocol.Program.run.
-
-        Raises GgufRunError as forward does.
-        """
-        self._check(ids, seq)
-        self._lengthen({seq: len(ids)})
-        return self._run(np.asarray(ids, np.int32), {seq: len(ids)}, [len(ids) - 1], n_top)
 
     def _check(self, ids: Sequence[int], seq: int) -> None:
         """Raise GgufRunError if ids cannot be appended to a sequence."""
@@ -167,12 +157,17 @@ class Decoder:
                 yield program.more(wanted[at : at + program.n_outputs])
 
     def step(self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int] | None = None) -> NDArray[np.float32]:
-        """Append tokens to several sequences at once.
+        """Return the logits that `top` returns without `tops`, f32[n, n_vocab]. The next call overwrites them."""
+        return self.top(batch, rows).values
+
+    def top(
+        self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int] | None = None, tops: Tops = ()
+    ) -> Results:
+        """Append tokens to several sequences at once. Return the logits after some of them, or the greatest logits.
 
         batch: {seq: ids}. Each sequence gets at least one token, all sequences together at most n_batch.
         rows: {seq: the number of its last tokens whose logits are wanted}, at most n_outputs in all; None: one each.
-
-        Returns the logits after these tokens, f32[n, n_vocab], in the order of the batch. The next call overwrites it.
+        tops: see protocol.Program.run; of the tokens whose logits are wanted, in the order of the batch.
 
         Raises GgufRunError as forward does, and CacheFullError; then no sequence has changed.
         """
@@ -186,16 +181,18 @@ class Decoder:
         tokens = np.fromiter(itertools.chain.from_iterable(batch.values()), np.int32, n_tokens)
         ends = dict(zip(counts, itertools.accumulate(counts.values()), strict=True))
         wanted = [row for seq, end in ends.items() for row in range(end - (1 if rows is None else rows[seq]), end)]
-        return self._run(tokens, counts, wanted).values
+        return self._run(tokens, counts, wanted, tops)
 
-    def _run(self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], n_top: int = 0) -> Results:
-        """Run all stages for {seq: number of tokens}. rows, n_top: see protocol.Program.run."""
+    def _run(
+        self, batch: NDArray[np.int32], counts: Mapping[int, int], rows: Sequence[int], tops: Tops = ()
+    ) -> Results:
+        """Run all stages for {seq: number of tokens}. rows, tops: see protocol.Program.run."""
         runs: list[Run] = self.cache.begin(counts)
         for stage, following in itertools.pairwise(self._stages):
             stage.program.run(batch, runs, (), stage.part)
             for source, target in zip(stage.leaves, following.reads, strict=True):
                 following.program.copy_from(stage.program, source, len(batch), target)
-        results = self._program.run(batch, runs, rows, self._stages[-1].part, n_top)
+        results = self._program.run(batch, runs, rows, self._stages[-1].part, tops)
         self.cache.end(runs, batch.tolist())
         return results
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops, rare_ops
-from gguf_run.models.backend import CacheType, Results, Run
+from gguf_run.models.backend import CacheType, Results, Run, Tops
 from gguf_run.models.operands import AttentionShape, Buffer
 from gguf_run.models.ops import Cache, Experts, Squares, State, Table, Vector, Weight
 from gguf_run.models.pages import PageTable
@@ -52,9 +52,10 @@ class Program(Protocol):
 
     n_batch: int  # the most tokens of one run
     n_outputs: int  # the most result rows of one run
+    n_top: int  # the most values of a Top; 0: `run` takes no Top
 
     def run(
-        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0
+        self, ids: NDArray[np.int32], runs: Sequence[Run], rows: Sequence[int], part: int = 0, tops: Tops = ()
     ) -> Results:
         """Run one part of the program. The last part runs `after` too if results are wanted.
 
@@ -63,10 +64,10 @@ class Program(Protocol):
         ids: up to n_batch tokens.
         runs: the sequences that the tokens belong to, from the first token to the last; each sequence once.
         rows: the tokens whose results are wanted, as indices of ids; at most n_outputs. Only the last part has results.
-        n_top: how many of the greatest values are needed if one row is wanted; 0: all values. A backend may return only
-            these, in descending order. Equal values are in the order of their columns. NaN counts as the greatest.
+        tops: one for each row; (): all values of all rows are wanted.
 
-        Returns f32[len(rows), result.width] in memory of the program, which the next run overwrites.
+        Returns f32[rows without a Top, result.width] in memory of the program, which the next run overwrites, and the
+        greatest values of the others.
         """
 
     def more(self, rows: Sequence[int]) -> NDArray[np.float32]:

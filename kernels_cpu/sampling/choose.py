@@ -58,7 +58,7 @@ class RowChooser:
     """Chooses tokens on the threads of a team."""
 
     def __init__(self, team: Team, n_vocab: int) -> None:
-        self._team, self._n_vocab, nth, n_blocks = team, n_vocab, team.n_threads, n_vocab // BLOCK + 1
+        self._team, nth, n_blocks = team, team.n_threads, n_vocab // BLOCK + 1
         self._address = choose.compiled.address  # compiled now, if it never was: a step would wait for it
         self._scratch: dict[str, NDArray[np.generic]] = {
             "x": np.zeros((nth, n_blocks * BLOCK), np.float32),  # the row, as it changes
@@ -68,10 +68,10 @@ class RowChooser:
             "sums": np.zeros((nth, n_blocks)),
         }
 
-    def run(self, rows: NDArray[np.void]) -> None:
-        """Choose a token for each of ROW[n]."""
+    def run(self, rows: NDArray[np.void], n_vocab: int) -> None:
+        """Choose a token for each of ROW[n]. n_vocab: logits of each, at most those of __init__."""
         places = {name: array.ctypes.data for name, array in self._scratch.items()}
-        arguments = choose.bind(n_rows=len(rows), rows=rows.ctypes.data, n_vocab=self._n_vocab, **places)
+        arguments = choose.bind(n_rows=len(rows), rows=rows.ctypes.data, n_vocab=n_vocab, **places)
         self._team.run(np.array([[self._address, arguments.ctypes.data]], np.int64))
 
 

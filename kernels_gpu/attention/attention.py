@@ -1,6 +1,7 @@
 """Attention over a cache: each KV head's positions in parts (split-KV), and a second kernel that adds them up.
 
-A program has the query heads of one KV head, for one token or for several: the rows of one tile for tensor cores.
+The host lists the work as items (tables.Items): some tokens of one sequence, and a part of the positions they see.
+A program has an item and the query heads of one KV head: the rows of one tile for tensor cores.
 Scores are multiplied with log2(e): softmax takes powers of two.
 """
 
@@ -73,20 +74,27 @@ def _add_values(acc, old, weight, v, rows, live, V: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def _item(items):
+    """Return this program's item: its first token, number of tokens, part, number of parts, and row of sums."""
+    item = items + tl.program_id(0) * 5  # tables.ITEM_WORDS
+    return tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4).to(tl.int64)
+
+
+@triton.jit
 def attend(
-    q, q_stride, k, v, seqs, positions, runs, run_of, tiles, pages, pages_stride, n_pages, sums, stats, n_head_kv,
-    n_rep, n_token, scale, window,
+    q, q_stride, k, v, seqs, positions, runs, run_of, items, pages, pages_stride, n_pages, sums, stats, n_head_kv,
+    n_rep, scale, window,
     CHUNKED: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, REP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Attend over a part of the positions that a token sees.
+    """Attend over a part of the positions that tokens see.
 
-    sums f32[part, n_token, n_head, VALUE] = exp2(score - greatest) @ v
-    stats f32[part, n_token, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
+    sums f32[row, n_head, VALUE] = exp2(score - greatest) @ v
+    stats f32[row, n_head, 2] = (greatest score, sum of exp2(score - greatest)); (-inf, 0) for no position
 
-    Grid (tiles of tokens, n_head_kv * n_rep / REP, parts). k, v: planes of the cache (qs, d).
-    tiles: i32[tiles, 2]: the first of up to TOKENS tokens of one sequence, and their number. None: each token is one.
+    Grid (items, n_head_kv * n_rep / REP). k, v: planes of the cache (qs, d).
+    items: i32[items, 5] of up to TOKENS tokens each, see tables.Items. The sums of an item are in consecutive rows.
     pages: i32[sequences, pages_stride], see models.pages. n_pages: those of a head.
     n_rep: heads of queries for a KV head. CHUNKED, CAUSAL: as in AttentionShape.
     SOFTCAP: None, or scores become SOFTCAP * tanh(score / SOFTCAP). K, V: cache types. WIDTH: power of 2 >= HEAD_DIM.
@@ -94,14 +102,12 @@ def attend(
     The rows of a tile are TOKENS tokens x REP heads. SPAN: positions at a time, which are in one page.
     """
     M: tl.constexpr = TOKENS * REP
+    token, n_mine, part, n_part, item_row = _item(items)
+    if n_mine == 0:
+        return
     n_tile = tl.cdiv(n_rep, REP)  # of a KV head
     kv_head = tl.program_id(1) // n_tile
-    part = tl.program_id(2)
     r = tl.arange(0, M)
-    token, n_mine = tl.program_id(0), 1
-    if tiles is not None:
-        n_mine = tl.load(tiles + 2 * token + 1)
-        token = tl.load(tiles + 2 * token)
     t = (token + r // REP).to(tl.int64)
     of_kv_head = tl.program_id(1) % n_tile * REP + r % REP
     there = (r // REP < n_mine) & (of_kv_head < n_rep)
@@ -122,7 +128,7 @@ def attend(
         run = runs + tl.load(run_of + token) * 5  # buffers.RUN_WORDS
         end = tl.minimum(end + ahead, tl.load(run + 1) + tl.load(run + 2))  # at most that of the step
     first = tl.maximum(tl.min(tl.where(position < 0, end, since), axis=0), 0) // SPAN * SPAN
-    size = tl.cdiv(tl.cdiv(end - first, SPAN), tl.num_programs(2)) * SPAN
+    size = tl.cdiv(tl.cdiv(end - first, SPAN), n_part) * SPAN
     first += part * size
     rows = tl.arange(0, SPAN)
     for start in range(first, tl.minimum(first + size, end), SPAN):
@@ -143,7 +149,7 @@ def attend(
         total = total * old + tl.sum(weight, axis=1)
         greatest = new
         acc = _add_values(acc, old, weight, v_rows, rows, live, V, HEAD_DIM, VALUE_WIDTH)
-    to = (part.to(tl.int64) * n_token + t) * (n_head_kv * n_rep) + head
+    to = (item_row + r // REP) * (n_head_kv * n_rep) + head
     tl.store(stats + to * 2, greatest, mask=there)
     tl.store(stats + to * 2 + 1, total, mask=there)
     for i in tl.static_range(n_operand(V)):
@@ -153,34 +159,41 @@ def attend(
 
 @triton.jit
 def add_up(
-    sums, stats, sinks, out, out_stride, int8,
+    sums, stats, items, sinks, out, out_stride, int8,
     PARTS: tl.constexpr, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out = the sum of attend's parts; grid (tokens, heads).
+    """out = the sum of attend's parts; grid (items, heads). The first part's program does it for its tokens.
 
-    sinks: None, or a score for each head that has no value.
+    sinks: None, or a score for each head that has no value. PARTS: parts that are read at a time.
     int8: None, or (xq, xd, xs): gets the result as int8 (rows/quantize.py); HEAD_DIM must be WIDTH.
     """
-    t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    n_head = tl.num_programs(1)
-    at = (tl.arange(0, PARTS).to(tl.int64) * tl.num_programs(0) + t) * n_head + head
+    token, n_token, part, n_part, first = _item(items)
+    if part > 0:
+        return
+    head, n_head = tl.program_id(1), tl.num_programs(1)
     column = tl.arange(0, WIDTH)
-    score = tl.load(stats + at * 2)
-    greatest = tl.max(score, axis=0)
-    if sinks is not None:
-        sink = tl.load(sinks + head) * LOG2E
-        greatest = tl.maximum(greatest, sink)
-    greatest = tl.where(greatest == float("-inf"), 0.0, greatest)
-    weight = tl.exp2(score - greatest)
-    total = tl.sum(weight * tl.load(stats + at * 2 + 1), axis=0)
-    if sinks is not None:
-        total += tl.exp2(sink - greatest)
-    mask = (weight > 0)[:, None] & (column < HEAD_DIM)[None, :]
-    part = tl.load(sums + at[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
-    value = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0, 1.0, total)
-    if ROTATE:
-        value = hadamard(value, HEAD_DIM)
-    tl.store(out + t * out_stride + head * HEAD_DIM + column, value, mask=column < HEAD_DIM)
-    if int8 is not None:
-        store_int8(value, head * HEAD_DIM, int8, t, n_head * HEAD_DIM, WIDTH)
+    for i in range(n_token):
+        value = tl.zeros((WIDTH,), tl.float32)
+        greatest, total = float("-inf"), 0.0
+        if sinks is not None:
+            greatest, total = tl.load(sinks + head) * LOG2E, 1.0
+        for start in range(0, n_part, PARTS):
+            k = start + tl.arange(0, PARTS)
+            at = (first + i + k * n_token) * n_head + head
+            score = tl.load(stats + at * 2, mask=k < n_part, other=float("-inf"))
+            new = tl.maximum(greatest, tl.max(score, axis=0))
+            known = tl.where(new == float("-inf"), 0.0, new)  # no position yet: all weights are 0
+            weight = tl.exp2(score - known)
+            old = tl.exp2(greatest - known)
+            total = total * old + tl.sum(weight * tl.load(stats + at * 2 + 1, mask=k < n_part, other=0.0), axis=0)
+            mask = (weight > 0)[:, None] & (column < HEAD_DIM)[None, :]
+            sum = tl.load(sums + at[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0)
+            value = value * old + tl.sum(sum * weight[:, None], axis=0)
+            greatest = new
+        value /= tl.where(total == 0, 1.0, total)
+        if ROTATE:
+            value = hadamard(value, HEAD_DIM)
+        t = (token + i).to(tl.int64)
+        tl.store(out + t * out_stride + head * HEAD_DIM + column, value, mask=column < HEAD_DIM)
+        if int8 is not None:
+            store_int8(value, head * HEAD_DIM, int8, t, n_head * HEAD_DIM, WIDTH)

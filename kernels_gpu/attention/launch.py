@@ -11,10 +11,12 @@ from gguf_run.kernels_gpu.attention.cache import GpuCache
 from gguf_run.kernels_gpu.attention.cache_types import SPAN
 from gguf_run.kernels_gpu.buffers import Launch, Memory
 from gguf_run.kernels_gpu.device.device import registers
+from gguf_run.kernels_gpu.device.tuning import GRAPHS
 from gguf_run.kernels_gpu.fuse import FusedAttention
+from gguf_run.kernels_gpu.tables import Cut
 from gguf_run.models.operands import AttentionShape
 
-_MOST_PARTS = 64
+_PARTS = 16  # that add_up reads at a time
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,16 @@ class _Tiling:
     shape: AttentionShape
     programs: int  # that keep the GPU busy
 
-    def n_part(self, n: int) -> int:
-        """Return the parts of the positions of n tokens by themselves, a power of two: few keep a whole GPU busy."""
-        most = min(_MOST_PARTS, self.cache.n_seen // SPAN, self.programs // (n * self.shape.n_head_kv))
-        return 1 << (max(1, most).bit_length() - 1)
+    def cut(self, options: dict[str, Any]) -> Cut:
+        """Return how the work is cut into items for such tiles."""
+        n_tile = self.shape.n_head_kv * -(-self.shape.n_head // self.shape.n_head_kv // options["REP"])
+        n_blocks = -(-self.cache.n_seen // options["SPAN"])
+        return Cut(options["TOKENS"], options["SPAN"], n_blocks, max(1, self.programs // n_tile))
 
-    def n_sum(self, most: int) -> int:
-        """Return the rows of sums that up to `most` tokens need."""
-        return max(self.programs // self.shape.n_head_kv, most) * self.shape.n_head
-
-    def options(self, *, alone: bool) -> dict[str, Any]:
+    def options(self, *, wide: bool) -> dict[str, Any]:
         """Return the sizes of tiles, and the launch options.
 
-        alone: a tile has one token. Else tokens share a tile, and the reading of keys and values.
+        wide: for long runs, whose tokens share the reading of keys and values. Else for runs of up to SHORT tokens.
         TOKENS, REP: tokens and heads of a tile of queries.
         SPAN: positions of a tile of keys.
 
@@ -51,9 +50,9 @@ class _Tiling:
         floats = is_wide or any(type.bits == 32 for type in types)
         narrow = self.cache.k.width <= 128 and not floats
         less = SPAN // 4 if floats else SPAN // 2
-        if alone:
-            span = SPAN if narrow else less
-            return {"TOKENS": 1, "REP": max(16, rep), "SPAN": span, "num_warps": 4 if narrow else 8} | registers(255)
+        if not wide:  # 16 queries are the fewest of tensor cores
+            span, n_warp = (SPAN, 4) if narrow else (less, 8)
+            return {"TOKENS": max(1, 16 // rep), "REP": rep, "SPAN": span, "num_warps": n_warp} | registers(255)
         n_row = 16 if floats else 64 if narrow and all(type.bits > 4 and type.name != "bf16" for type in types) else 32
         span = SPAN if narrow and all(type.name == "f16" for type in types) else less
         return {"TOKENS": max(1, n_row // rep), "REP": rep, "SPAN": span, "num_warps": 8} | registers(255)
@@ -61,27 +60,28 @@ class _Tiling:
 
 def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
     """Return a function that launches attention for so many rows."""
-    op, rotation, tokens = fused.op, fused.rotation, memory.step.of(fused.op.q.outputs)
-    q, k, v, out = (memory.strided(x) for x in (op.q, op.k or op.q, op.v or op.q, op.out))
+    op, rotation, step, outputs = fused.op, fused.rotation, memory.step, fused.op.q.outputs
+    tokens, (q, k, v, out) = step.of(outputs), (memory.strided(x) for x in (op.q, op.k or op.q, op.v or op.q, op.out))
     cache: GpuCache = op.cache
     shape, k_rows, v_rows = op.shape, op.cache.k, op.cache.v
     n_head, n_head_kv = shape.n_head, shape.n_head_kv
     tiling = _Tiling(cache, shape, memory.tuning.programs)
-    n_sum = tiling.n_sum(memory.n_row(op.out))
+    ways = [tiling.options(wide=wide) for wide in (False, True)]
+    cuts = [tiling.cut(way) for way in ways]
+    items = [step.items(cut, wide=bool(wide), outputs=outputs) for wide, cut in enumerate(cuts)]
+    n_sum = n_head * (memory.n_row(op.out) + max(cut.tokens * cut.n_part for cut in cuts))
     memory.want(sums=n_sum * shape.n_value, stats=n_sum * 2)
     int8 = memory.int8(op.out) if fused.forms else None
     n_changed = n_head if rotation or fused.norms or k_rows.rotates else 0  # heads of q that append writes
     norms = ([norm.weight for norm in fused.norms] + [None, None])[:2]
     eps = fused.norms[0].eps if fused.norms else 0.0
-    angles = None if rotation is None else memory.angles(rotation, op.q.outputs)
+    angles = None if rotation is None else memory.angles(rotation, outputs)
     n_half, style = (rotation.n_rot // 2, rotation.style) if rotation else (0, None)
     types, sizes = (k_rows.type.name, v_rows.type.name), (shape.head_dim, k_rows.width)
     value = shape.n_value, max(32, triton.next_power_of_2(shape.n_value))
     n_new = n_changed + (len(cache.kinds) * n_head_kv if op.k else 0)  # heads of append: those of v come last
-    pages = memory.step.pages(cache.table)
+    pages = step.pages(cache.table)
     paged = pages, pages.stride(0), cache.table.n_pages
-    alone, shared = tiling.options(alone=True), tiling.options(alone=False)
-    tiles = memory.step.tiles(shared["TOKENS"], op.q.outputs)
 
     def launch(n: int) -> None:
         sums = memory.scratch["sums"], memory.scratch["stats"]
@@ -91,16 +91,15 @@ def bind_attention(fused: FusedAttention, memory: Memory) -> Launch:
                 tokens.positions, angles, n_half, *paged, n_changed, n_head_kv, style, *types, k_rows.rotates,
                 v_rows.rotates, *sizes,
             )  # fmt: skip
-        if memory.step.stands_alone(n):
-            n_tile, rows, options, n_part = n, None, alone, tiling.n_part(n)
-        else:
-            n_tile, rows, options, n_part = tiles.n, tiles.rows, shared, 1
-        attend[(n_tile, -(-n_head // n_head_kv // options["REP"]) * n_head_kv, n_part)](
-            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, memory.step.runs, memory.step.run_of, rows,
-            *paged, *sums, n_head_kv, n_head // n_head_kv, n, shape.scale, shape.window or 1 << 30, shape.is_chunked,
+        wide = step.is_wide[outputs]
+        options, held = ways[wide], items[wide]
+        n_item = held.most(n) if n <= GRAPHS[-1] else held.n
+        attend[(n_item, -(-n_head // n_head_kv // options["REP"]) * n_head_kv)](
+            *q, k_rows.pair, v_rows.pair, tokens.seqs, tokens.positions, step.runs, step.run_of, held.rows,
+            *paged, *sums, n_head_kv, n_head // n_head_kv, shape.scale, shape.window or 1 << 30, shape.is_chunked,
             shape.is_causal, shape.softcap or None, *types, *sizes, *value, **options,
             num_stages=1 if k_rows.width > 512 else 2,
         )  # fmt: skip
-        add_up[(n, n_head)](*sums, op.sinks, *out, int8, n_part, v_rows.rotates, *value)
+        add_up[(n_item, n_head)](*sums, held.rows, op.sinks, *out, int8, _PARTS, v_rows.rotates, *value)
 
     return launch

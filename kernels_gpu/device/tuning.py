@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 FEW = 8  # the most tokens whose products are those of matmul_decode; more go through f16 and tensor cores
+GRAPHS = (1, 2, 4, FEW, 16, 24, 32, 48, 64, 96, 128)  # steps of so many tokens are captured, others are filled up
+SHORT = 16  # the most tokens of a run in a step for answers: the last one and guesses behind it
 WIDTH = 1024  # columns of a program of the kernels that work on rows
 SCRATCH = 1 << 26  # weights that are f16 in memory at a time
-ROWS = 32  # buffers have a multiple of this many rows, so that kernels for few tokens need no masks
+ROWS = 32  # buffers have a multiple of this many rows, so that steps can be filled up
 
 
 def padded(n_row: int) -> int:
@@ -22,7 +24,7 @@ class Tuning:
     tile: tuple[int, int] = (64, 4)  # rows and units of a tile of matmul_tile
     # Rows of a program of matmul_decode by the number of tokens.
     rows: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 2), (8, 1))
-    programs: int = 264  # of attention for a few tokens: about two for each multiprocessor
+    programs: int = 264  # of attention: about two for each multiprocessor
 
     def n_row(self, n_token: int) -> int:
         """Rows of a program of matmul_decode for n_token tokens."""

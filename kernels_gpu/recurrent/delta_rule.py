@@ -17,6 +17,8 @@ def delta_rule(
 ):  # fmt: skip
     """Grid (runs, heads of v, parts of V columns of a head). state: f32[slots, heads of v, d_k, d_v]."""
     first, n_tokens, is_new, reads, writes = load_run(runs)
+    if n_tokens == 0:
+        return
     head, n_head_v = tl.program_id(1), tl.num_programs(1)
     key_head = head % n_head_k if TILED else head // (n_head_v // n_head_k)
     i = tl.arange(0, K)
@@ -39,7 +41,7 @@ def delta_rule(
         s += key[:, None] * change[None, :]
         tl.debug_barrier()  # other threads have read what is written now: out may be v
         tl.store(out + t * out_stride + head * d_v + column, tl.sum(s * query[:, None], axis=0), mask=column < d_v)
-    tl.store(state + writes * size + at, s, mask=mask & (n_tokens > 0))
+    tl.store(state + writes * size + at, s, mask=mask)
 
 
 def bind_delta_rule(op: DeltaRule[GpuState, Array], memory: Memory) -> Launch:

@@ -17,6 +17,8 @@ def scan(
 ):  # fmt: skip
     """Grid (runs, heads, parts of P columns of a head). state: f32[slots, heads, head_dim, n_state]."""
     first, n_tokens, is_new, reads, writes = load_run(runs)
+    if n_tokens == 0:
+        return
     head, n_head = tl.program_id(1), tl.num_programs(1)
     i = tl.arange(0, N)
     column = tl.program_id(2) * P + tl.arange(0, P)
@@ -37,7 +39,7 @@ def scan(
         result = tl.sum(s * exit[None, :], axis=1) + skip * value
         tl.debug_barrier()  # other threads have read what is written now: out may be x
         tl.store(out + t * out_stride, result, mask=column < head_dim)
-    tl.store(state + writes * size + at, s, mask=mask & (n_tokens > 0))
+    tl.store(state + writes * size + at, s, mask=mask)
 
 
 def bind_scan(op: Scan[GpuState, Array], memory: Memory) -> Launch:

@@ -5,7 +5,6 @@ import triton.language as tl
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Launch, Memory
-from gguf_run.kernels_gpu.device.tuning import FEW
 from gguf_run.kernels_gpu.recurrent.runs import load_run
 from gguf_run.kernels_gpu.recurrent.state import GpuState
 from gguf_run.models.rare_ops import ShortConv
@@ -30,16 +29,17 @@ def short_conv(
     state: f32[slots, TAPS - 1, n].
     """
     first, n_tokens, is_new, reads, writes = load_run(runs)
+    if n_tokens == 0:
+        return
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     mask = column < n
     x += first * x_stride + column
     out += first * out_stride + column
     old = state + reads * (TAPS - 1) * n + column
     new = state + writes * (TAPS - 1) * n + column
-    if n_tokens > 0:
-        for j in tl.static_range(TAPS - 1):
-            t = n_tokens - (TAPS - 1) + j + tl.arange(0, 1)[:, None]
-            tl.store(new + j * n, _rows(x, x_stride, old, n, t, n_tokens, is_new, mask, TAPS), mask=mask)
+    for j in tl.static_range(TAPS - 1):
+        last = n_tokens - (TAPS - 1) + j + tl.arange(0, 1)[:, None]
+        tl.store(new + j * n, _rows(x, x_stride, old, n, last, n_tokens, is_new, mask, TAPS), mask=mask)
     n_tile = tl.cdiv(n_tokens, ROWS)
     for i in range(0, n_tile):
         t = (n_tile - 1 - i) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -59,5 +59,5 @@ def bind_short_conv(op: ShortConv[GpuState, Array], memory: Memory) -> Launch:
     x, out, step, n = memory.strided(op.x), memory.strided(op.out), memory.step, op.x.width
     return lambda n_row: short_conv[(step.n_run(n_row), -(-n // _WIDTH))](
         *x, op.taps, op.bias, op.state.data, step.runs, *out, n, op.activation, op.n_taps,
-        8 if n_row <= FEW else 32, _WIDTH,
+        32 if step.is_wide[False] else 8, _WIDTH,
     )  # fmt: skip

@@ -13,12 +13,12 @@ from gguf_run.models.pages import PAGE
 from gguf_run.runtime.engine.reply import Piece, Reply, Request
 from gguf_run.runtime.engine.rows import Rows
 from gguf_run.runtime.engine.sequence import Job, Sequence
-from gguf_run.runtime.sampling.candidates import Candidates
 
 if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
+    from gguf_run.models.backend import Top
     from gguf_run.models.decoder import Decoder
     from gguf_run.runtime.engine.runner import Runner
     from gguf_run.runtime.engine.scheduler import Scheduler
@@ -290,14 +290,19 @@ class Engine:
                     ready.append(job)
             elif rows.asked is not None:
                 chosen.append((job, _sampled(job, rows.asked[2])))
-        is_alone = len(batch) == 1 == len(ready) and not (guesses or self.deterministic)
-        if is_alone and (job := ready[0]).n_top and job.n_chosen:
-            found = self.decoder.top(batch[job.row], job.n_top, job.row)
-            if found.columns is not None:
-                return [*chosen, (job, _sampled(job, Candidates(found.values[0], found.columns, True)))]
-            logits = found.values
-        elif batch:
-            logits = self.decoder.step(batch, n_rows)
+        if not batch:
+            return chosen
+        tops: Mapping[Job, Top] = {}
+        if self.decoder.n_top and not self.deterministic:
+            from gguf_run.runtime.engine.tops import choose_top, tops_of  # late: for a GPU only
+
+            tops = tops_of(ready, guesses, self.decoder.n_top)
+        wanted = [tops.get(job) for job in ready for _ in range(n_rows[job.row])] if tops else []
+        found = self.decoder.top(batch, n_rows, wanted)
+        if tops:
+            chosen += choose_top(self._together(len(tops)), tops, found)
+            ready = [job for job in ready if job not in tops]
+        logits = found.values
         if guesses and self._speculation is not None:
             logits = self._speculation.first_rows(ready, logits)
         for i, job in enumerate(ready):
@@ -305,17 +310,23 @@ class Engine:
                 rows.asked = list(job.request.ids), job.request.root, logits[i].copy()
         return chosen + self._choose(ready, logits) if ready else chosen
 
+    def _together(self, n: int) -> "ManySampler | None":
+        """Return what samples n rows together; None: they are sampled one after the other."""
+        if self._many is None or not (n > 1 or self.deterministic):
+            return None
+        self._chooser = self._chooser or self._many()
+        return self._chooser
+
     def _choose(self, jobs: list[Job], logits: "NDArray[float32]") -> list[tuple[Job, int | Exception]]:
         """Choose the next token of each job, or tell why it has none. logits: f32[len(jobs), n_vocab]."""
-        if self._many is not None and (len(jobs) > 1 or self.deterministic):
+        if many := self._together(len(jobs)):
             from gguf_run.runtime.engine.choose import choose  # late: a prompt is alone
 
-            self._chooser = self._chooser or self._many()
-            return list(zip(jobs, choose(self._chooser, jobs, logits), strict=True))
+            return list(zip(jobs, choose(many, jobs, logits), strict=True))
         return [(job, _sampled(job, logits[i])) for i, job in enumerate(jobs)]
 
 
-def _sampled(job: Job, logits: "NDArray[float32] | Candidates") -> int | Exception:
+def _sampled(job: Job, logits: "NDArray[float32]") -> int | Exception:
     """Return the next token of a job, or why it has none."""
     try:
         constraint = job.request.constraint

@@ -61,7 +61,7 @@ class Job:
         self.n_preempted = 0  # times that it has lost its row
         self.n_wanted = 0  # free pages that it lacked when it was refused a row
         self.shared: dict[int, int] = {}  # tokens that its prompt shares with the job of a number: see scheduler.py
-        self.seed, self.n_top = reply.sampler.seed, 0 if request.constraint else reply.sampler.n_top
+        self.seed = reply.sampler.seed
         self.n_prompt = len(request.ids)
         self.n_reused = -1  # tokens of the prompt that stood in the cache already; -1: it has had no row
         self.n_held = 0  # tokens that the row held when the job got it

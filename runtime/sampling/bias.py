@@ -24,14 +24,16 @@ def biased(
     context: Sequence[int],
     mask: NDArray[np.uint32] | None,
 ) -> NDArray[np.float32] | Candidates:
-    """Return changed logits, a copy. The largest logits alone stay as they are: nobody asks to change them.
+    """Return changed logits, a copy. Of the largest logits alone, only those that the mask forbids change.
 
     context: the ids of all tokens so far, for the logits processors.
     mask: see Sampler.sample.
     GgufRunError if no token is left to choose from, or a logits processor returns no logits.
     """
     if isinstance(logits, Candidates):
-        assert mask is None, "a mask needs all logits"
+        if mask is not None and logits.ids is not None:
+            logits = logits._replace(logits=forbid(logits.logits, logits.ids, mask))
+            _check(logits.logits[0])
         return logits
     shape, logits = logits.shape, logits.copy()
     for id, bias in params.logit_bias.items():
@@ -45,10 +47,18 @@ def biased(
     if mask is not None:
         bits = np.unpackbits(mask.astype("<u4").view(np.uint8), count=len(logits), bitorder="little")
         logits[bits == 0] = -np.inf
-    best = logits.max()
+    _check(logits.max())
+    return logits
+
+
+def forbid(logits: NDArray[np.floating], ids: NDArray[np.intp], mask: NDArray[np.uint32]) -> NDArray[np.floating]:
+    """Return the logits of some ids, -inf where the mask forbids the id. mask: see Sampler.sample."""
+    return np.where(mask[ids >> 5] >> (ids & 31).astype(np.uint32) & 1, logits, np.float32(-np.inf))
+
+
+def _check(best: float) -> None:
     if not np.isfinite(best):
         raise GgufRunError(
             f"logit_bias, a mask or a logits processor leaves no token to choose from (the largest logit is {best}): "
             "leave one finite at least, and none inf or nan"
         )
-    return logits

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.sampling.choose import BAD, ROW, RowChooser
+from gguf_run.runtime.sampling.bias import forbid
+from gguf_run.runtime.sampling.candidates import Candidates
 from gguf_run.runtime.sampling.choice import Choice
 from gguf_run.runtime.sampling.filters import GREEDY
 from gguf_run.runtime.sampling.sampler import Sampler
@@ -45,20 +47,44 @@ class ManySampler:
         """
         if logits.shape != (len(rows), self._n_vocab) or logits.dtype != np.float32 or logits.strides[1] != 4:
             raise ValueError(f"logits are {logits.dtype}{logits.shape}; allowed: float32{(len(rows), self._n_vocab)}")
+        chosen = self._chosen(rows, logits)
+        return [_alone(row, logits[i]) if chosen[i] == BAD else chosen[i] for i, row in enumerate(rows)]
+
+    def sample_top(
+        self, rows: Sequence[Row], logits: NDArray[np.float32], ids: NDArray[np.intp]
+    ) -> list[int | Exception]:
+        """Return what `sample` does, from the largest logits of each row alone: see Sampler.sample.
+
+        logits, ids: [len(rows), n], the largest first.
+        """
+        logits, ids = logits[:, : self._n_vocab], ids[:, : self._n_vocab]  # behind them nothing is left
+        order = ids.argsort(axis=1)
+        by_id, ids_by_id = np.take_along_axis(logits, order, axis=1), np.take_along_axis(ids, order, axis=1)
+        for i, row in enumerate(rows):
+            if row.mask is not None:
+                by_id[i] = forbid(by_id[i], ids_by_id[i], self._checked(row.mask))
+        chosen = self._chosen([row._replace(mask=None) for row in rows], by_id)
+        return [
+            _alone(row, Candidates(logits[i], ids[i], True)) if at == BAD else int(ids_by_id[i, at])
+            for i, (row, at) in enumerate(zip(rows, chosen, strict=True))
+        ]
+
+    def _chosen(self, rows: Sequence[Row], logits: NDArray[np.float32]) -> list[int]:
+        """Return the column of the next token of each row; BAD if Sampler.sample must choose it."""
         for sampler in (row.sampler for row in rows if row.sampler not in self._packed):
             self._packed[sampler] = _pack(sampler, self._n_vocab)
         fields = [self._packed[row.sampler][0] for row in rows]
-        chosen: list[int | Exception] = [BAD] * len(rows)
+        chosen = [BAD] * len(rows)
         if at := [i for i, one in enumerate(fields) if one]:
             table = np.frombuffer(bytearray().join(fields), ROW)
             table["logits"] = logits.ctypes.data + np.array(at) * logits.strides[0]
             recent = self._fill(table, [rows[i] for i in at])
             table["recent"] += recent.ctypes.data
-            self._chooser.run(table)
+            self._chooser.run(table, logits.shape[1])
             for i, id, log_sum in zip(at, table["id"].tolist(), table["log_sum"].tolist(), strict=True):
                 n = rows[i].sampler.params.logprobs
                 chosen[i] = id if n is None or id == BAD else Choice.of(logits[i], id, n, log_sum)
-        return [_alone(row, logits[i]) if chosen[i] == BAD else chosen[i] for i, row in enumerate(rows)]
+        return chosen
 
     def _fill(self, table: NDArray[np.void], rows: Sequence[Row]) -> NDArray[np.int32]:
         """Fill in what differs from step to step. Return the recent tokens of all rows."""
@@ -112,7 +138,7 @@ def _pack(sampler: Sampler, n_vocab: int) -> _Packed:
     return fields.tobytes(), bias_ids, biases
 
 
-def _alone(row: Row, logits: NDArray[np.float32]) -> int | Exception:
+def _alone(row: Row, logits: NDArray[np.float32] | Candidates) -> int | Exception:
     """Sample a row with options that are not compiled, or tell why it has no choice."""
     try:
         return row.sampler.sample(logits, row.mask, row.drafts)

@@ -66,7 +66,8 @@ class Sampler:
     ) -> int:
         """Return the id of the next token, for `accept`: nothing changes until then.
 
-        logits: f32[n_vocab], which stay as they are; or the n_top largest in order, if n_top is not 0 and mask is None.
+        logits: f32[n_vocab], which stay as they are; or the n_top largest in order, if n_top is not 0. With a mask,
+            those that may come are the first.
         mask: uint32[n_vocab / 32], rounded up: a bit for each token that may come, the lowest bit first. None: all may.
         drafts: tokens that are taken to have been accepted.
         GgufRunError if the logits are no numbers, or no token is left to choose from.

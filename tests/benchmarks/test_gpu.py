@@ -46,7 +46,10 @@ def test_cases_and_table() -> None:
             "attention f16": gpu_cases.CASES["sweep"]["attention f16"],
             "broken": fail,
         },
-        "model": {"llama-8b Q4_K_M": gpu_cases.CASES["model"]["llama-8b Q4_K_M, q8_0"]},
+        "model": {
+            "llama-8b Q4_K_M": gpu_cases.CASES["model"]["llama-8b Q4_K_M, q8_0"],
+            "users": gpu_cases.CASES["model"]["llama-8b Q4_K_M, users, q8_0"],
+        },
     }
     written: list[dict[str, Any]] = []
     bench = gpu_cases.Bench(CPU, gpu_cases.TINY, warm=True)
@@ -55,7 +58,7 @@ def test_cases_and_table() -> None:
         assert gpu.run_cases([[part, name] for part in cases for name in cases[part]], bench, written.append)
     records = [json.loads(json.dumps(record)) for record in written if "key" in record]
     assert [r["error"] for r in records if "error" in r] == ["ValueError: a b"]
-    assert len(records) == 3 + 1 + 1 + 1 + 2
+    assert len(records) == 3 + 1 + 1 + 1 + 2 + 4
     lines = list(gpu.table(records, "NVIDIA H200"))
     assert {line.count(" | ") for line in lines if "---" not in line} == {7}
     assert "of 4.0 TB/s" in lines[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_run.models.backend import Results
+from gguf_run.models.backend import Results, Top
 from gguf_run.models.kv_cache import GROUP, CacheLayer, KvCache
 from gguf_run.models.pages import NO_PAGE, PAGE, PageTable, Pool
 from gguf_run.runtime.engine.engine import Engine
@@ -77,7 +77,7 @@ class FakeDecoder:
         cost: tuple[float, float, float, float] = (5, 1, 1.5, 0.05),
     ) -> None:
         """cost: milliseconds of a step, of an answer's token, of a prompt's, and of a thousand positions read."""
-        self.n_ctx, self.n_batch, self.n_outputs = n_ctx, max(n_batch, n_seq), max(64, n_seq)
+        self.n_ctx, self.n_batch, self.n_outputs, self.n_top = n_ctx, max(n_batch, n_seq), max(64, n_seq), 40
         self.config, self.adapters = SimpleNamespace(n_vocab=N_VOCAB), None
         tables = [PageTable.new(window, n_ctx, n_batch, n_seq, n_cells) for window in windows]
         layers: list[Any] = [CacheLayer(FakeCache(table.n_pages), table.window, None) for table in tables]
@@ -88,6 +88,7 @@ class FakeDecoder:
         self.runs: list[dict[int, int]] = []  # tokens of each row, step by step
         self.parts: list[tuple[int, int]] = []  # the first position of each run, and its tokens
         self.keeps_runs = True
+        self.asked: list[tuple[int, bool]] = []  # of each Top: how many values, and whether there was a mask
 
     def clock(self) -> float:
         return self.now
@@ -115,10 +116,23 @@ class FakeDecoder:
         logits[np.arange(len(wanted)), [next_id(total) for total in wanted]] = 1
         return logits
 
-    def top(self, ids: Sequence[int], n_top: int, seq: int = 0) -> Results:
-        logits = self.step({seq: ids}, {seq: 1})
-        found = np.argsort(-logits[0], kind="stable")[:n_top]
-        return Results(logits[:, found], found)
+    def top(
+        self, batch: Mapping[int, Sequence[int]], rows: Mapping[int, int], tops: Sequence[Top | None] = ()
+    ) -> Results:
+        logits = self.step(batch, rows)
+        if not tops:
+            return Results(logits)
+        assert len(tops) == len(logits)
+        self.asked += [(top.n, top.mask is not None) for top in tops if top]
+        few, most = [i for i, top in enumerate(tops) if top], max(top.n for top in tops if top)
+        found = logits[few]
+        for row, top in zip(found, (tops[i] for i in few), strict=True):
+            assert top is not None
+            if top.mask is not None:
+                row[(top.mask[np.arange(N_VOCAB) >> 5] >> (np.arange(N_VOCAB) & 31).astype(np.uint32) & 1) == 0] -= 99
+        columns = np.argsort(-found, axis=1, kind="stable")[:, :most]
+        values = np.take_along_axis(logits[few], columns, 1)
+        return Results(logits[[i for i, top in enumerate(tops) if not top]], values, columns)
 
     def _append(self, seq: int, ids: Sequence[int]) -> Any:
         """Store the sums of tokens, and return them."""

@@ -35,7 +35,7 @@ from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.adapter_scales import AdapterScales
-from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.backend import CacheType, Run, Top
 from gguf_run.models.operands import AttentionShape, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
 from gguf_run.models.rare_ops import AddPositions, MatchRms, Mix, Moe, ScaleAdapters, Threshold, Xielu
@@ -115,8 +115,8 @@ def weight(name: str, n_in: int, n_out: int) -> GpuWeight:
     return GpuWeight(n_in, (empty(PANELS[name], n_in, n_out, CPU),))
 
 
-def run(step: Step, n: int, rows: Sequence[int] = (), n_top: int = 0) -> None:
-    step.program.run(np.zeros(n, np.int32), [Run(0, 0, n)], rows, n_top=n_top)
+def run(step: Step, n: int, rows: Sequence[int] = (), tops: Sequence[Top] = ()) -> None:
+    step.program.run(np.zeros(n, np.int32), [Run(0, 0, n)], rows, tops=tops)
 
 
 def product(name: str, n: int, activation: str | None = None) -> None:
@@ -158,7 +158,7 @@ def ops() -> None:
     step.finish(x)
     for n in (1, 96):
         run(step, n, [0])
-    run(step, 1, [0], n_top=64)
+    run(step, 1, [0], [Top(64)])
 
 
 def recurrent() -> None:

@@ -15,7 +15,7 @@ from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.gguf.parts import matrix_of
 from gguf_run.formats.gguf.reader import Tensor
 from gguf_run.models import ops, rare_ops
-from gguf_run.models.backend import CacheType, Results, Run
+from gguf_run.models.backend import CacheType, Results, Run, Top
 from gguf_run.models.experts import ExpertTensors
 from gguf_run.models.kv_cache import GROUP
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
@@ -223,6 +223,7 @@ class NumpyProgram:
     result: Buffer
     n_batch: int
     n_outputs: int
+    n_top = 0
 
     def __post_init__(self) -> None:
         self.ids, self.runs, self.wanted = np.zeros(0, np.int32), list[Run](), list[int]()
@@ -253,7 +254,10 @@ class NumpyProgram:
                 assert rows.shape == self[out].shape
                 self[out][:] = rows
 
-    def run(self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0, n_top: int = 0) -> Results:
+    def run(
+        self, ids: np.ndarray, runs: Sequence[Run], rows: Sequence[int], part: int = 0, tops: Sequence[Top | None] = ()
+    ) -> Results:
+        assert not tops
         assert 0 < len(ids) == sum(run.n_tokens for run in runs) <= self.n_batch
         assert len({run.seq for run in runs}) == len(runs)
         assert ids.dtype == np.int32

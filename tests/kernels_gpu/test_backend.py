@@ -26,7 +26,7 @@ from gguf_run.kernels_gpu.backend import GpuBackend
 from gguf_run.kernels_gpu.device.device import measure_limits
 from gguf_run.kernels_gpu.device.errors import explain
 from gguf_run.kernels_gpu.program import GpuProgram, Launches
-from gguf_run.models.backend import CacheType
+from gguf_run.models.backend import CacheType, Top
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.decoder import Decoder
 from gguf_run.models.kv_find import adopt
@@ -94,10 +94,9 @@ def test_tiny_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         singles = [logits(decoder, IDS[11:], 1) for decoder in (one, other, exact)]
         assert distance(singles[0], singles[2]) < max(0.01, 1.5 * distance(singles[1], singles[2]))
         one.rewind(11)
-        values, ids = one.top(IDS[11:], 3)
-        assert ids is not None
-        assert np.array_equal(values, singles[0][:, ids])
-        assert np.array_equal(ids, np.argsort(-singles[0][0], kind="stable")[:3])
+        found = one.top({0: IDS[11:]}, None, [Top(3)])
+        assert np.array_equal(found.greatest, singles[0][:, found.columns[0]])
+        assert np.array_equal(found.columns[0], np.argsort(-singles[0][0], kind="stable")[:3])
         assert one.n_past == 12
 
 
@@ -131,6 +130,41 @@ def test_launches_of_a_layer(arch: str, tmp_path: Path, monkeypatch: pytest.Monk
         counts.append(launched.copy())
     n = 9 if arch == "olmo2" else 7
     assert [len(more) - len(few) for few, more in itertools.pairwise(counts)] == [n, n], counts[-1]
+
+
+@only_interpreted
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_graph_serves_any_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of a bucket have the same grids and arguments whatever is in the step. Nothing runs here."""
+    from triton.runtime.interpreter import GridExecutor
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(
+            (self.fn.__name__, self.grid, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
+        )
+
+    launched: list[Any] = []
+    monkeypatch.setattr(GridExecutor, "__call__", note)
+    write_tiny(tmp_path / "model.gguf", replace(MODELS[name], n_ctx=512, window=70))
+    decoder = open_decoder(tmp_path / "model.gguf", gpu(), n_ctx=512, n_seq=33)
+    steps: tuple[list[dict[int, int]], ...] = (
+        [{1: 1, 2: 1, 4: 1}, {0: 4}, {3: 2, 4: 1}],
+        [dict.fromkeys(range(33), 1), {5: 16, 6: 16, 8: 1}, dict.fromkeys(range(11), 3)],
+        [{0: 18, 1: 1, 3: 14}, {4: 32, 5: 1}],  # wide
+    )
+    tops = [Top(3), None, Top(40, np.zeros(-(-decoder.config.n_vocab // 32), np.uint32))]
+    for same in steps:
+        found = []
+        for counts in same:
+            launched.clear()
+            rows, left = {}, 3
+            for seq, n in counts.items():
+                rows[seq] = min(n, left)
+                left -= rows[seq]
+            decoder.top({seq: [7] * n for seq, n in counts.items()}, rows, tops)
+            found.append([str(launch) for launch in launched if "keys" not in launch[0]])
+        assert len(found[0]) > 10
+        assert all(launches == found[0] for launches in found)
 
 
 def test_layers_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
-from gguf_run.models.backend import CacheType, Run
+from gguf_run.models.backend import CacheType, Run, Top
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, MatmulGated, Observe, RmsNorm, Rope
 from gguf_run.models.rare_ops import GateRows, LayerNorm, MatmulHeads, Softcap, Temper, Xielu
@@ -271,21 +272,25 @@ def test_graphs_are_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
             calls.append("replay")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", str)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **_: contextlib.nullcontext(calls.append(stream)))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, *place, **_: contextlib.nullcontext(calls.append(place)))
+    place = "pool", "stream"
+
+    def memory_of(device: str) -> Any:
+        return SimpleNamespace(device=torch.device(device), capturing=place[::-1])
+
     for device, capture, expected in (
-        ("cuda:1", True, [4, "cuda:1", 4, "replay", -9, -9]),
-        ("cuda", False, [4, 4, -9, -9]),
-        ("cpu", True, [4, 4, -9, -9]),
+        ("cuda:1", True, [4, place, 4, "replay", -16, place, -16, "replay", -16, place, -16, "replay", -129, -129]),
+        ("cuda", False, [4, 4, -16, -16, -16, -16, -129, -129]),
+        ("cpu", True, [4, 4, -16, -16, -16, -16, -129, -129]),
     ):
         calls.clear()
-        launches = Launches([calls.append], [lambda n: calls.append(-n)], torch.device(device), capture)
-        for n in (3, 4, 9, 9):
-            launches.run(n)
+        launches = Launches([calls.append], [lambda n: calls.append(-n)], memory_of(device), capture)
+        for n, is_wide in ((3, 0), (4, 0), (9, 0), (16, 0), (10, 1), (9, 1), (129, 1), (129, 0)):
+            launches.run(n, bool(is_wide))
         assert calls == expected
     calls.clear()
-    Launches([calls.append], [], torch.device("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4)
-    assert calls == [4, -4, "cuda:1", 4, -4]
+    Launches([calls.append], [], memory_of("cuda:1"), True).followed_by(lambda n: calls.append(-n)).run(4, False)
+    assert calls == [4, -4, place, 4, -4]
 
 
 @pytest.mark.parametrize("style", ["norm", "neox"])
@@ -364,24 +369,40 @@ def test_latent_attention(n_head: int, n_nope: int, n_rot: int, n_latent: int) -
     both(record, [(0, 12), (12, 12), (24, 1), (25, 3), *more], HALF)
 
 
-def test_the_greatest_results() -> None:
-    """Equal ones, zeros of both signs, numbers that are none; fewer columns than are asked for."""
-    x = np.random.default_rng(2).standard_normal((4, 1500)).astype(np.float32)
-    x[0, ::9], x[1, 20:], x[1, 5], x[2] = 1.5, -np.inf, -0.0, -np.inf
-    x[1, 3:5], x[2, 7], x[3, [40, 1200]] = 0, np.inf, np.nan
-    step = Step(gpu(), 4)
+def greatest(row: np.ndarray, top: Top) -> np.ndarray:
+    """The columns of the greatest values of a row, those that the mask allows first, unless they are no numbers."""
+    rank = np.where(np.isnan(row), np.inf, row.astype(np.float64))
+    if top.mask is not None:
+        is_free = np.unpackbits(top.mask.view(np.uint8), count=len(row), bitorder="little") == 1
+        is_free |= rank == np.inf
+        order = np.lexsort((-rank, ~is_free))
+        return order[: top.n]
+    return np.argsort(-rank, kind="stable")[: top.n]
+
+
+@pytest.mark.parametrize("n_column", [5, 1500, 16 * 1024 + 5])
+def test_the_greatest_results(n_column: int) -> None:
+    """Equal ones, zeros of both signs, numbers that are none, masks; all values of some rows; fewer columns than are
+    asked for. The greatest of thousands of columns are found in three steps."""
+    rng, n = np.random.default_rng(2), 4 if n_column < 9999 else 1
+    x = rng.standard_normal((n, n_column)).astype(np.float32)
+    x[0, ::3] = 1.5
+    if n > 1:
+        x[1, 2:], x[1, :2], x[2], x[3, [1, 4]] = -np.inf, (0, -0.0), -np.inf, (np.nan, np.inf)
+    step = Step(gpu(), n)
     step.finish(step.input(x))
-    for row in range(4):
-        for k in (1, 3, 64):
-            (values,), ids = step.program.run(np.arange(4, dtype=np.int32), [Run(0, 0, 4)], [row], n_top=k)
-            expected = np.argsort(-np.where(np.isnan(x[row]), np.inf, x[row]), kind="stable")[:k]
-            assert np.array_equal(ids, expected)
-            assert np.array_equal(values, x[row, expected], equal_nan=True)
-    few = Step(gpu(), 1)
-    few.finish(few.input(x[:1, :5]))
-    (values,), ids = few.program.run(np.zeros(1, np.int32), [Run(0, 0, 1)], [0], n_top=64)
-    assert np.array_equal(values, x[0, ids])
-    assert np.array_equal(ids, np.argsort(-x[0, :5]))
+    masks = [None, *(np.packbits(rng.random(-(-n_column // 32) * 32) < part).view("<u4") for part in (0.0, 0.1, 0.9))]
+    for sizes in ((1,), (64,)) if n == 1 else ((1, 1, 1, 1), (64, 1, 0, 40), (0, 2, 64, 64)):
+        tops = [Top(k, masks[rng.integers(4)]) if k else None for k in sizes]
+        found = step.program.run(np.arange(n, dtype=np.int32), [Run(0, 0, n)], range(n), tops=tops)
+        assert np.array_equal(found.values, x[[i for i, top in enumerate(tops) if top is None]], equal_nan=True)
+        asked = [(row, top) for row, top in zip(x, tops, strict=True) if top is not None]
+        for (row, top), values, columns in zip(asked, found.greatest, found.columns, strict=True):
+            expected = greatest(row, top)
+            assert np.array_equal(columns[: top.n][: len(expected)], expected)
+            assert np.array_equal(values[: len(expected)], row[expected], equal_nan=True)
+            assert (columns[n_column:] == -1).all()
+            assert (values[n_column:] == -np.inf).all()
 
 
 def test_observe() -> None:

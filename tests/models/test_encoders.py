@@ -145,7 +145,7 @@ def test_what_an_encoder_refuses(tmp_path: Path) -> None:
     with tiny.opened(tmp_path) as (config, tensors):
         made = embedder(config, tensors, cpu(2), n_ctx=1000)
         assert made.n_ctx == config.n_ctx_train == 256
-        for call in (lambda: made.forward([1]), lambda: made.top([1], 3), lambda: made.step({0: [1]})):
+        for call in (lambda: made.forward([1]), lambda: made.top({0: [1]}), lambda: made.step({0: [1]})):
             with pytest.raises(
                 GgufRunError, match=r"^this bert model is loaded to make embeddings, no text: use Model.embed or rank"
             ):

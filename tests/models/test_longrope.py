@@ -70,7 +70,7 @@ def test_a_sequence_grows_and_is_cut(make: Callable[..., Decoder], tiny: tuple[G
     decoder, (_, model) = make(n_batch=20), tiny
     run(decoder, IDS[:30])
     for n in range(31, 36):
-        assert_close(decoder.top(IDS[n - 1 : n], 0).values, model, IDS[:n])
+        assert_close(decoder.step({0: IDS[n - 1 : n]}), model, IDS[:n])
     assert decoder.n_past == 35
     assert decoder.rewind(33) == 33
     assert_close(run(decoder, IDS[50:55]), model, IDS[:33] + IDS[50:55])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cache_twins import TWINS, hadamard
 from cpu_ops import Step, error
-from gpu_ops import fast_dots, gpu, pytestmark, torch
+from gpu_ops import fast_dots, gpu, pytestmark, torch, use_tuning
 from numpy_backend import attend, rotate, softmax, visible
 from paged import mixed_table, places
 
@@ -242,6 +242,37 @@ def test_several_sequences() -> None:
     check_runs(case, [Run(4, 4, 1), Run(11, 37, 1), Run(2, 7, 1)], np.arange(48, 51))
     alone = [Run(seq, 0, 1) for seq in (0, 1, 3, 5, 6, 7, 8, 9)]
     check_runs(case, [*alone[:4], Run(11, 38, 2), Run(4, 5, 1), *alone[4:]], np.arange(49, 60))
+
+
+PAST = (0, 1, 62, 63, 64, 126, 127, 128, 200, 301, 440)
+
+
+@pytest.mark.parametrize(("programs", "window", "is_chunked"), [(264, 0, False), (90, 70, False), (1, 48, True)])
+def test_many_sequences(programs: int, window: int, is_chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 sequences of all lengths with one token or guesses, then a part of a prompt among answers: one part for each,
+    or one for each block, or some for the long ones. What earlier steps have left in scratch memory is not read."""
+    use_tuning(monkeypatch, programs=programs)
+    shape = AttentionShape(2, 1, 32, 0.2, window, 0, is_chunked)
+    case = Case(CacheType("f16", "f16"), shape, chunks=(60, 400), n_seq=33)
+    rng, n_guess, step = np.random.default_rng(programs), {3: 2, 9: 16, 20: 7}, case.step.program.memory.step
+    for rows in (case.cache.k, case.cache.v):
+        rows.qs.view(torch.float16).copy_(torch.from_numpy(rng.standard_normal((*rows.qs.shape[:2], 32))))
+    answers = [Run(seq, PAST[seq % len(PAST)], n_guess.get(seq, 1)) for seq in range(33)]
+    mixed = [Run(7, 0, 1), Run(32, 65, 45), Run(5, 440, 3), Run(6, 127, 1)]
+    for runs in (answers, mixed):
+        for name in ("sums", "stats"):
+            case.step.program.memory.scratch[name].fill_(float("nan"))
+        ids = np.arange(sum(run.n_tokens for run in runs))
+        result, at = case.step.program.run(ids.astype(np.int32), runs, range(len(ids))).values, 0
+        for seq, n_past, n, *_ in runs:
+            positions, own = n_past + np.arange(n), slice(at, at + n)
+            k, v = (stored(case.table, rows, n_past + n, seq) for rows in (case.cache.k, case.cache.v))
+            expected = attend(case.q[own].astype(np.float64), k, v, positions, 0.2, window, 0, None, is_chunked)
+            assert error(result[own], expected.reshape(n, -1)) < 3e-3  # of f16
+            at += n
+        assert step.is_wide[False] == (runs is mixed)
+        parts = {n_part for items in step._items.values() for _, n, _, n_part, _ in items.rows.tolist() if n}
+        assert max(parts) == {264: 7, 90: 3, 1: 1}[programs]
 
 
 def test_sequences_that_share_pages() -> None:

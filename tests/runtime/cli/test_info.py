@@ -115,8 +115,8 @@ def test_smollm2_text() -> None:
 def test_gpu_plan() -> None:
     """What would go where; the parts are the whole, and embeddings that are the output too are on both."""
     lines = run(real.smollm2(), "--gpu-memory", "700M").stdout.splitlines()[-2:]
-    assert lines[0].startswith("cpu: embeddings, layers 0 to 17: ")
-    assert lines[1].startswith("cuda:0: layers 18 to 29, output: ")
+    assert lines[0].startswith("cpu: embeddings, layers 0 to 19: ")
+    assert lines[1].startswith("cuda:0: layers 20 to 29, output: ")
     assert lines[1].endswith(" of 700.00 MB free (500.00 MB to spare)")
     weights, caches = (re.findall(f"{name} ([0-9.]+) MB", " ".join(lines)) for name in ("weights", "KV cache"))
     assert sum(map(float, weights)) == pytest.approx(96.58, abs=0.02)

@@ -1,6 +1,7 @@
 """One answer at a time, and what goes wrong, over a decoder of a few lines."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from fake_decoder import (
 )
 
 from gguf_run.formats.errors import GgufRunError, OptionError
+from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.models.pages import CacheFullError
 from gguf_run.runtime.engine import shift
 from gguf_run.runtime.engine.check import ContextError, QueueFullError
 from gguf_run.runtime.engine.engine import Engine
+from gguf_run.runtime.sampling.many import ManySampler
 from gguf_run.runtime.sampling.params import SamplingParams
 from gguf_run.runtime.sampling.sampler import Sampler
 
@@ -337,6 +340,37 @@ def test_a_constraint() -> None:
         text = [1, 2, *found]
     assert out == found[:30]
     assert {4} & {n for run in decoder.runs for n in run.values()}  # forced tokens run with the next one
+
+
+class Noisy(FakeDecoder):
+    """Many logits are equal."""
+
+    def step(self, batch: Any, rows: Any) -> np.ndarray:
+        logits = super().step(batch, rows)
+        for row in logits:
+            row += np.random.default_rng(int(row.argmax())).integers(0, 5, N_VOCAB).astype(np.float32) / 2
+        return logits
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_some_answers_need_all_logits(together: bool) -> None:
+    """Answers that need only these, answers that need all logits, and answers with a constraint, in the same steps."""
+    kinds = [{"temperature": 0}, {}, {"top_k": 5, "temperature": 3.0}, {"repeat_penalty": 1.2}, {"logprobs": 2}]
+    kinds += [{"top_k": 3, "temperature": 2.0, "typical_p": 0.8}, {"top_k": 41}]
+    found = []
+    with closing(Team(2)) as team:
+        many = ManySampler(team, N_VOCAB)
+        for n_top in (0, 40):
+            decoder = Noisy(n_seq=6)
+            decoder.n_top, asked = n_top, decoder.asked
+            engine = engine_of(decoder, many=(lambda: many) if together else None)
+            held = []
+            for i, kind in enumerate(kinds * 3):
+                sampling = SamplingParams(seed=i, **kind)  # type: ignore[arg-type]
+                held.append(engine.add(request([i, 1], 12, sampling, constraint=Grammar() if i % 3 == 1 else None)))
+            found.append([ids_of(sequence) for sequence in held])
+            assert len({*asked}) == (8 if n_top else 0)
+    assert found[0] == found[1]
 
 
 def test_a_reply_is_made_for_each_request() -> None:

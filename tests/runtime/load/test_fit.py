@@ -148,7 +148,7 @@ def test_gpu_that_is_too_small(plan: MemoryPlan) -> None:
     with pytest.raises(GgufRunError) as error:
         place(plan, Wanted(n_gpu=5), {GPU[0]: need(plan, 3)})
     words = str(error.value)
-    assert words.startswith("--gpu-layers 5: out of memory on cuda:0: 13")
+    assert words.startswith("--gpu-layers 5: out of memory on cuda:0: 18")
     n_ctx = int(words.split("--ctx-size ")[1].split()[0])
     assert "--gpu-layers 3 or" in words
     assert need(replace(plan, n_ctx=n_ctx), 5) <= need(plan, 3) < need(replace(plan, n_ctx=n_ctx + 256), 5)

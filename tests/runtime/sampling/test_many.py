@@ -78,6 +78,29 @@ def test_as_one_by_one(team: Team, n_vocab: int, spread: float) -> None:
     assert (logits == before).all()
 
 
+@pytest.mark.parametrize("n_vocab", [40, 5000])
+def test_the_greatest_logits_are_enough(team: Team, n_vocab: int) -> None:
+    """The very same tokens, and the same errors. With a mask, the greatest are those that may come, then others."""
+    rng, n = np.random.default_rng(n_vocab), 64
+    options = [{}, {"temperature": 0}, {"top_k": 1}, {"top_k": 64, "top_p": 0.9}, {"top_k": 5, "temperature": 2.0}]
+    options += [{"top_k": 50, "typical_p": 0.9}, {"top_k": 20, "min_p": 0.0, "top_p": 1.0, "temperature": 5.0}]
+    rows = made_rows(options * 20, n_vocab, rng)
+    logits = (rng.standard_normal((len(rows), n_vocab)) * 3).astype(np.float32)
+    logits[::3] = np.round(logits[::3])  # with equal ones
+    logits[5, 3], logits[9] = np.nan, -np.inf
+    rows[30] = rows[30]._replace(mask=np.zeros(-(-n_vocab // 32), np.uint32))
+    values, ids = np.full((len(rows), n), -np.inf, np.float32), np.full((len(rows), n), -1)
+    for i, row in enumerate(rows):
+        every = np.arange(n_vocab)
+        bits = 1 if row.mask is None else row.mask[every >> 5] >> (every & 31).astype(np.uint32) & 1
+        order = np.lexsort((-logits[i], ~(np.isnan(logits[i]) | (bits == 1)), ~np.isnan(logits[i])))[:n]
+        values[i, : len(order)], ids[i, : len(order)] = logits[i, order], order
+    many = ManySampler(team, n_vocab)
+    found, expected = many.sample_top(rows, values, ids), many.sample(rows, logits)
+    assert [str(one) for one in found] == [str(one) for one in expected]
+    assert sum(isinstance(one, GgufRunError) for one in found) == 3
+
+
 def test_no_row_depends_on_others(team: Team) -> None:
     rng = np.random.default_rng(8)
     rows = made_rows(COMPILED * 2 + ALONE, 6000, rng)
