@@ -156,8 +156,8 @@ def new_cache(shape: AttentionShape, table: PageTable, kind: CacheType, device: 
         head_dim, size = shape.head_dim, (shape.n_head_kv, table.n_pages * PAGE)
         form = cache_format(name, head_dim)
         qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
-        n_scale = form.n_scale(head_dim)
-        d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
+        n_numbers = form.n_numbers(head_dim)
+        d = torch.zeros(*size, n_numbers, dtype=torch.float16, device=device) if n_numbers else None
         static = None if scales is None else torch.tensor(scales, device=device)
         return Rows(form, head_dim, rotates(form.bits, head_dim, rotate, scales is not None), static, qs, d)
 

@@ -11,6 +11,7 @@ from gpu_ops import fast_dots, gpu, pytestmark, torch
 from numpy_backend import attend, rotate, softmax, visible
 from paged import mixed_table, places
 
+from gguf_run.formats.blocks.grids import codebook
 from gguf_run.formats.errors import OptionError
 from gguf_run.kernels_gpu.attention import launch as attention_launch
 from gguf_run.kernels_gpu.attention.cache import GpuCache, Rows
@@ -24,6 +25,8 @@ from gguf_run.models.pages import PAGE, PageTable
 __all__ = ["fast_dots", "pytestmark"]
 PAIRS = (("f16", "bf16"), ("q8_0", "q4_0"), ("q4_0", "int8"), ("int8", "q8_0"), ("fp8_e4m3", "fp8_e5m2"))
 PAIRS += (("bf16", "fp8_e4m3"), ("fp8_e5m2", "f32"), ("f32", "f16"))
+PAIRS += (("q5_0", "q4_1"), ("q4_1", "iq4_nl"), ("iq4_nl", "q5_1"), ("q5_1", "int4"), ("int4", "q5_0"))
+OFFSETS = {"q4_0": 8, "int4": 8, "q5_0": 16, "q4_1": 0, "q5_1": 0, "iq4_nl": 0}  # of codes without sign
 CHUNKS = (3, 40, 1)
 U = 2.0**-11  # the most that one f16 is off, relative
 SIGMAS = 5
@@ -34,9 +37,13 @@ def stored(table: PageTable, rows: Rows, n: int, seq: int = 0) -> np.ndarray:
     at = places(table, seq, np.arange(n))
     qs, name = rows.qs[:, at].cpu().numpy(), rows.type.name
     d = None if rows.d is None else rows.d[:, at].cpu().numpy().astype(np.float64)
-    if name == "q4_0":
-        byte = qs.reshape(*qs.shape[:-1], -1, 1, 16)
-        codes = np.concatenate([byte & 15, byte >> 4], -2).reshape(*qs.shape[:-1], -1).astype(np.float64) - 8
+    if name in OFFSETS:
+        byte = qs[..., : rows.head_dim // 2].reshape(*qs.shape[:-1], -1, 1, 16)
+        codes = np.concatenate([byte & 15, byte >> 4], -2).reshape(*qs.shape[:-1], -1).astype(int)
+        if name.startswith("q5"):
+            high = qs[..., rows.head_dim // 2 :].reshape(*qs.shape[:-1], -1, 1, 4)
+            codes += 16 * (high >> np.arange(8)[:, None] & 1).reshape(codes.shape)
+        codes = codebook("iq4_nl")[codes] if name == "iq4_nl" else codes - OFFSETS[name]
     elif name == "bf16":
         codes = (qs.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     elif name == "fp8_e4m3":
@@ -53,9 +60,13 @@ def stored(table: PageTable, rows: Rows, n: int, seq: int = 0) -> np.ndarray:
             "int8": lambda: qs.view(np.int8),
         }[name]()
     values = codes.astype(np.float64)
+    if name.endswith("_1"):
+        d, minimum = d[..., ::2], d[..., 1::2]
     if d is not None:
         values *= np.repeat(d, values.shape[-1] // d.shape[-1], -1)
-    return values.transpose(1, 0, 2)
+    if name.endswith("_1"):
+        values += np.repeat(minimum, values.shape[-1] // d.shape[-1], -1)
+    return values.astype(np.float32).astype(np.float64).transpose(1, 0, 2)
 
 
 def roundings(
