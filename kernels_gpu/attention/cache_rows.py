@@ -33,7 +33,7 @@ def panel_of(name):
 @triton.constexpr_function
 def has_row_factor(name):
     """Return whether each row has a single scale. load_rows does not apply this scale; row_factors returns it."""
-    return CACHE_FORMATS[name].block is None
+    return CACHE_FORMATS[name].has_row_factor
 
 
 @triton.constexpr_function
