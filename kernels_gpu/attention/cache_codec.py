@@ -21,9 +21,12 @@ def _inverse(d):
 @triton.jit
 def _farthest(x):
     """Return the number of largest magnitude (the first of several) of each block f32[blocks, 32], with its sign."""
-    size, i = tl.abs(x), tl.arange(0, 32)[None, :]
-    first = tl.min(tl.where(size == tl.max(size, axis=1)[:, None], i, 32), axis=1)
-    return tl.sum(tl.where(i == first[:, None], x, 0.0), axis=1)
+    at = tl.argmax(tl.abs(x), axis=1)[:, None]
+    return tl.sum(tl.where(tl.arange(0, 32)[None, :] == at, x, 0.0), axis=1)
+
+
+# Encoders take blocks x f32[blocks, 32]. They return codes i32[blocks, 32], the scale of each block and, if the type
+# has minimums, its minimum.
 
 
 @triton.jit
@@ -61,8 +64,8 @@ def _in_order(x):
 def _with_codebook(x, BOOK: tl.constexpr):
     i = tl.arange(0, 16)
     low, high = book_value(i, BOOK).to(tl.float32), book_value(i + 1, BOOK).to(tl.float32)
-    first = tl.sum(tl.where(i == 0, low, 0.0), axis=0)
-    level = (x * _inverse(tl.div_rn(_farthest(x), first))[:, None])[:, :, None]
+    d = tl.div_rn(_farthest(x), tl.sum(tl.where(i == 0, low, 0.0), axis=0))
+    level = tl.fma(x, _inverse(d)[:, None], 0.0)[:, :, None]
     above = (level - low[None, None, :] >= high[None, None, :] - level) & (i < 15)[None, None, :]
     code = tl.sum(above.to(tl.int32), axis=2)
     value = book_value(code, BOOK).to(tl.float32)

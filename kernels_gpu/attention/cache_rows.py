@@ -1,9 +1,10 @@
-"""How rows of a KV cache are stored and read; cache_types.py has the table of types.
+"""How rows of a KV cache look, and how they are read; cache_types.py has the table of types.
 
 A row is one position of one KV head. It may have gone through the Hadamard transform. Its elements are in the plane qs.
-Its scales (f16), if it has any, are in the plane d: one for each block of 32 columns in ggml's types, one for the row
-in int8 and fp8. Byte j of a block of q4_0 has columns j and 16 + j. So a tile of rows is two operands of half the
-width: columns j and columns 16 + j.
+Its scales (f16), if it has any, are in the plane d: one for each block of 32 columns, followed by a minimum if the type
+has minimums; one for the row in int8 and fp8. Byte j of a block has columns j and 16 + j, 4 bits each, unless codes
+have 8 bits. So a tile of rows is two operands of half the width: columns j and columns 16 + j. The fifth bits stand
+behind all the nibbles of a row, 4 bytes for each block, as in the plane `high` of panels/panels.py.
 """
 
 import triton
@@ -79,18 +80,22 @@ def planes_at(planes, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
         return qs, d + row * SIZES[1]
 
 
+# Assembler of NVIDIA GPUs for four bytes in a register. The functions that use it have the same for other targets.
+NIBBLES = tl.constexpr("{ .reg .b32 x; shr.u32 x, $2, 4; and.b32 $0, $2, 0x0f0f0f0f; and.b32 $1, x, 0x0f0f0f0f; }")
+HIGH_BIT = tl.constexpr(
+    "{ .reg .b32 x; and.b32 x, $1, $2; add.u32 x, x, 0x7f7f7f7f; shr.u32 x, x, 3; and.b32 x, x, 0x10101010;"
+    " or.b32 $0, $3, x; }"
+)
+
+
 @triton.constexpr_function
-def _half_code(signed, offset):
-    """Return what _half does with the four bytes of a register on an NVIDIA GPU."""
-    return f"""{{
-        .reg .b32 code, start;
-        xor.b32 code, $2, {0x80808080 if signed else 0};
-        mov.b32 start, {(0x6400 + offset) * 0x10001};
-        prmt.b32 $0, code, 0x64646464, 0x4140;
-        prmt.b32 $1, code, 0x64646464, 0x4342;
-        sub.f16x2 $0, $0, start;
-        sub.f16x2 $1, $1, start;
-    }}"""
+def half_code(signed, offset):
+    flip, start = 0x80808080 if signed else 0, (0x6400 + offset) * 0x10001
+    return (
+        f"{{ .reg .b32 x, y; xor.b32 x, $2, {flip}; mov.b32 y, {start};"
+        " prmt.b32 $0, x, 0x64646464, 0x4140; sub.f16x2 $0, $0, y;"
+        " prmt.b32 $1, x, 0x64646464, 0x4342; sub.f16x2 $1, $1, y; }"
+    )
 
 
 @triton.jit
@@ -101,20 +106,10 @@ def _half(code, OFFSET: tl.constexpr = 0):
     """
     SIGNED: tl.constexpr = code.dtype == tl.int8
     if target_info.is_cuda():
-        asm: tl.constexpr = _half_code(SIGNED, 128 if SIGNED else OFFSET)
+        asm: tl.constexpr = half_code(SIGNED, 128 if SIGNED else OFFSET)
         return tl.inline_asm_elementwise(asm, "=r,=r,r", [code], dtype=tl.float16, is_pure=True, pack=4)
-    elif SIGNED:
-        return code.to(tl.float16)
     else:
-        return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
-
-
-NIBBLES = tl.constexpr("""{
-    .reg .b32 high;
-    and.b32 $0, $2, 0x0f0f0f0f;
-    shr.u32 high, $2, 4;
-    and.b32 $1, high, 0x0f0f0f0f;
-}""")
+        return code.to(tl.float16) - OFFSET
 
 
 @triton.jit
@@ -127,22 +122,12 @@ def _nibbles(byte):
         return byte & 15, byte >> 4
 
 
-HIGH_BITS = tl.constexpr("""{
-    .reg .b32 bit;
-    and.b32 bit, $1, $2;
-    add.u32 bit, bit, 0x7f7f7f7f;
-    shr.u32 bit, bit, 3;
-    and.b32 bit, bit, 0x10101010;
-    or.b32 $0, $3, bit;
-}""")
-
-
 @triton.jit
 def _with_high_bit(code, high, mask):
     """Return code, plus 16 where a byte of high has the bit of mask; all uint8."""
     if target_info.is_cuda():
         args = [high, mask, code]
-        return tl.inline_asm_elementwise(HIGH_BITS, "=r,r,r,r", args, dtype=tl.uint8, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(HIGH_BIT, "=r,r,r,r", args, dtype=tl.uint8, is_pure=True, pack=4)
     else:
         return code | tl.where((high & mask) != 0, 16, 0).to(tl.uint8)
 
@@ -152,9 +137,8 @@ def _load_blocks(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr,
     """Do what load_rows does, for types with blocks."""
     qs, d = planes
     PANEL: tl.constexpr = panel_of(TYPE)
-    ROW: tl.constexpr = row_sizes(TYPE, HEAD_DIM)[0]
-    BYTES: tl.constexpr = PANEL.qs_bytes if PANEL.bits == 4 else 32
-    N: tl.constexpr = rows.shape[0]
+    BOOK: tl.constexpr = PANEL.book_words
+    BYTES: tl.constexpr = 4 * PANEL.bits
     block = tl.arange(0, WIDTH // 32)[None, :]
     mask = live[:, None] & (block < HEAD_DIM // 32)
     number = rows[:, None] * (HEAD_DIM // 32) + block
@@ -164,13 +148,13 @@ def _load_blocks(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr,
         minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
     else:
         scale = tl.load(d + number, mask=mask, other=0.0)[:, :, None]
-    mask = mask[:, :, None]
-    qs += (rows * ROW)[:, None, None]
-    byte = tl.load(qs + block[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :], mask=mask, other=0)
+    mask, block = mask[:, :, None], block[:, :, None]
+    qs += (rows * row_sizes(TYPE, HEAD_DIM)[0])[:, None, None]
+    byte = tl.load(qs + block * BYTES + tl.arange(0, BYTES)[None, None, :], mask=mask, other=0)
+    size: tl.constexpr = (rows.shape[0], WIDTH // 32 * BYTES)
     if PANEL.bits == 8:
-        parts = (_half(byte.to(tl.int8, bitcast=True)) * scale,)
+        return (tl.reshape(_half(byte.to(tl.int8, bitcast=True)) * scale, size),)
     else:
-        BOOK: tl.constexpr = PANEL.book_words
         if BOOK is not None:
             low, high = look_up(byte, BOOK)
             low, high = low.to(tl.int8, bitcast=True), high.to(tl.int8, bitcast=True)
@@ -178,16 +162,15 @@ def _load_blocks(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr,
             low, high = _nibbles(byte)
         if PANEL.high:
             j = tl.arange(0, 16)[None, None, :]
-            bits = tl.load(qs + HEAD_DIM // 2 + block[:, :, None] * 4 + j % 4, mask=mask, other=0)
+            bits = tl.load(qs + HEAD_DIM // 2 + block * 4 + j % 4, mask=mask, other=0)
             low = _with_high_bit(low, bits, (1 << j // 4).to(tl.uint8))
             high = _with_high_bit(high, bits, (16 << j // 4).to(tl.uint8))
         low, high = _half(low, PANEL.offset), _half(high, PANEL.offset)
         if PANEL.scales == "f16m":
-            scale, minimum = tl.broadcast_to(scale, low.shape), tl.broadcast_to(minimum, low.shape)
-            parts = tl.fma(low, scale, minimum), tl.fma(high, scale, minimum)
+            low, high = tl.fma(low, scale, minimum), tl.fma(high, scale, minimum)
         else:
-            parts = low * scale, high * scale
-    return parts
+            low, high = low * scale, high * scale
+        return tl.reshape(low, size), tl.reshape(high, size)
 
 
 @triton.jit
@@ -196,14 +179,9 @@ def load_rows(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WI
 
     f16, or f32 if is_wide. The factors of row_factors are not applied.
     """
-    qs, d = planes
+    qs, _d = planes
     if panel_of(TYPE) is not None:
-        parts = _load_blocks(planes, rows, live, TYPE, HEAD_DIM, WIDTH)
-        size: tl.constexpr = (rows.shape[0], WIDTH // n_operand(TYPE))
-        if n_operand(TYPE) == 1:
-            return (tl.reshape(parts[0], size),)
-        else:
-            return tl.reshape(parts[0], size), tl.reshape(parts[1], size)
+        return _load_blocks(planes, rows, live, TYPE, HEAD_DIM, WIDTH)
     else:
         column = tl.arange(0, WIDTH)[None, :]
         mask = live[:, None] & (column < HEAD_DIM)

@@ -1,4 +1,4 @@
-"""The table of KV cache types of a GPU, without torch or Triton. They are the CPU's types. cache_rows.py has the layout."""
+"""The table of KV cache types of a GPU, which are the CPU's, without torch or Triton. cache_rows.py has the layout."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Dot products of packed bytes: one instruction each on NVIDIA GPUs, plain Triton elsewhere.
 
-All functions take and return int32 tensors of one shape.
+All functions take and return int32 tensors of one shape; look_up takes bytes, too.
 """
 
 import triton
@@ -37,8 +37,8 @@ def dp2a(a, b, half: tl.constexpr):
 
 
 @triton.constexpr_function
-def _look_up_code(book):
-    """Return what look_up does with a register on NVIDIA GPUs.
+def look_up_code(book):
+    """Return assembler of NVIDIA GPUs for four bytes in a register.
 
     prmt picks four of eight bytes by the low three bits of four nibbles. It does so in the lower and in the upper half
     of the book; then the top bits of the nibbles pick one of both results. The last two instructions separate low
@@ -47,22 +47,13 @@ def _look_up_code(book):
     b0, b1, b2, b3 = book
     return f"""{{
         .reg .b32 low, top, a, b, b1, b3;
-        mov.b32 b1, {b1};
-        mov.b32 b3, {b3};
+        mov.b32 b1, {b1}; mov.b32 b3, {b3};
         and.b32 low, $2, 0x77777777;
-        shr.u32 top, $2, 1;
-        and.b32 top, top, 0x44444444;
-        or.b32 top, top, 0x32103210;
-        prmt.b32 a, {b0}, b1, low;
-        prmt.b32 b, {b2}, b3, low;
-        prmt.b32 a, a, b, top;
-        shr.u32 low, low, 16;
-        shr.u32 top, top, 16;
-        prmt.b32 b, {b0}, b1, low;
-        prmt.b32 low, {b2}, b3, low;
-        prmt.b32 b, b, low, top;
-        prmt.b32 $0, a, b, 0x6420;
-        prmt.b32 $1, a, b, 0x7531;
+        shr.u32 top, $2, 1; and.b32 top, top, 0x44444444; or.b32 top, top, 0x32103210;
+        prmt.b32 a, {b0}, b1, low; prmt.b32 b, {b2}, b3, low; prmt.b32 a, a, b, top;
+        shr.u32 low, low, 16; shr.u32 top, top, 16;
+        prmt.b32 b, {b0}, b1, low; prmt.b32 low, {b2}, b3, low; prmt.b32 b, b, low, top;
+        prmt.b32 $0, a, b, 0x6420; prmt.b32 $1, a, b, 0x7531;
     }}"""
 
 
@@ -75,7 +66,7 @@ def look_up(word, BOOK: tl.constexpr):
     BYTES: tl.constexpr = word.dtype.primitive_bitwidth // 8
     if target_info.is_cuda():
         types: tl.constexpr = (word.dtype, word.dtype)
-        asm: tl.constexpr = _look_up_code(BOOK)
+        asm: tl.constexpr = look_up_code(BOOK)
         return tl.inline_asm_elementwise(asm, "=r,=r,r", [word], dtype=types, is_pure=True, pack=4 // BYTES)
     else:
         low = tl.zeros_like(word)

@@ -234,8 +234,8 @@ def test_planned_caches(tmp_path: Path) -> None:
     with GGUFFile.open(tmp_path / "model.gguf") as file:
         config, tensors = ModelConfig.from_metadata(file.metadata, file.tensors), [*file.tensors.values()]
     names = [*CACHE_FORMATS] * 2
-    for case, (n_ctx, n_batch, n_seq, n_cells) in enumerate(((1000, 32, 1, None), (100, 512, 3, 250), (128, 1, 2, None))):
-        kinds = [CacheType(*names[at : at + 2]) for at in range(4 * case, 4 * case + config.n_layer)]
+    for first, n_ctx, n_batch, n_seq, n_cells in ((0, 1000, 32, 1, None), (4, 100, 512, 3, 250), (8, 128, 1, 2, None)):
+        kinds = [CacheType(*names[at : at + 2]) for at in range(first, first + config.n_layer)]
         plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq, n_cells)
         for il, kind in enumerate(kinds):
             backend = gpu()

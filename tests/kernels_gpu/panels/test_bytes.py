@@ -61,8 +61,8 @@ def as_halves(code: str, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("offset", [0, 8, 16])
 def test_bytes_become_halves(offset: int) -> None:
-    assert np.array_equal(as_halves(cache_rows._half_code(False, offset), CODES), CODES.astype(int) - offset)
-    assert np.array_equal(as_halves(cache_rows._half_code(True, 128), CODES), CODES.view(np.int8))
+    assert np.array_equal(as_halves(cache_rows.half_code(False, offset), CODES), CODES.astype(int) - offset)
+    assert np.array_equal(as_halves(cache_rows.half_code(True, 128), CODES), CODES.view(np.int8))
 
 
 def test_nibbles_and_high_bits() -> None:
@@ -72,7 +72,7 @@ def test_nibbles_and_high_bits() -> None:
     rng = np.random.default_rng(0)
     codes, bits = rng.integers(0, 16, 4096, np.uint8), rng.integers(0, 256, 4096, np.uint8)
     masks = np.uint8(1) << rng.integers(0, 8, 4096, np.uint8)
-    (with_bits,) = run(cache_rows.HIGH_BITS.value, 1, bits, masks, codes)
+    (with_bits,) = run(cache_rows.HIGH_BIT.value, 1, bits, masks, codes)
     assert np.array_equal(with_bits, codes + 16 * ((bits & masks) > 0))
 
 
@@ -80,7 +80,7 @@ def test_nibbles_and_high_bits() -> None:
 def test_numbers_of_a_book(name: str) -> None:
     panel = PANELS[name]
     assert isinstance(panel, IntPanel)
-    low, high = run(dots._look_up_code(panel.book_words), 2, CODES)
+    low, high = run(dots.look_up_code(panel.book_words), 2, CODES)
     book = np.array(panel.book, np.int8)
     assert np.array_equal(low.view(np.int8), book[CODES & 15])
     assert np.array_equal(high.view(np.int8), book[CODES >> 4])

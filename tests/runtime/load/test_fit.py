@@ -12,7 +12,6 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load import devices
 from gguf_run.runtime.load.cache_plan import plan_cache
