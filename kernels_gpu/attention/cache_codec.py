@@ -54,9 +54,10 @@ def _signed_bytes(x):
 @triton.jit
 def _in_order(x):
     """Return the sums of the rows of x f32[blocks, 32], from left to right."""
-    total = tl.zeros((x.shape[0], 1), tl.float32)
-    for i in range(32):
-        total += tl.gather(x, tl.zeros_like(total).to(tl.int32) + i, axis=1)
+    total, column = tl.zeros((x.shape[0], 1), tl.float32), tl.zeros((x.shape[0], 1), tl.int32)
+    for _ in range(32):
+        total += tl.gather(x, column, axis=1)
+        column += 1
     return tl.reshape(total, (x.shape[0],))
 
 

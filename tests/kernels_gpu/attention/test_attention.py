@@ -24,7 +24,7 @@ from gguf_run.models.pages import PAGE, PageTable
 __all__ = ["fast_dots", "pytestmark"]
 PAIRS = (("f16", "bf16"), ("q8_0", "q4_0"), ("q4_0", "int8"), ("int8", "q8_0"), ("fp8_e4m3", "fp8_e5m2"))
 PAIRS += (("bf16", "fp8_e4m3"), ("fp8_e5m2", "f32"), ("f32", "f16"))
-PAIRS += (("q5_0", "q4_1"), ("q4_1", "iq4_nl"), ("iq4_nl", "q5_1"), ("q5_1", "int4"), ("int4", "q5_0"))
+PAIRS += (("q5_0", "q4_1"), ("q4_1", "iq4_nl"), ("q5_1", "int4"), ("int4", "q5_0"))
 OFFSETS = {"q4_0": 8, "int4": 8, "q5_0": 16, "q4_1": 0, "q5_1": 0, "iq4_nl": 0}  # of codes without sign
 CHUNKS = (3, 40, 1)
 U = 2.0**-11  # the most that one f16 is off, relative
