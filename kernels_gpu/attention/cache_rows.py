@@ -90,6 +90,7 @@ HIGH_BIT = tl.constexpr(
 
 @triton.constexpr_function
 def half_code(signed, offset):
+    """Return that of _half. Signed bytes become unsigned ones, from which 128 is subtracted."""
     flip, start = 0x80808080 if signed else 0, (0x6400 + offset) * 0x10001
     return (
         f"{{ .reg .b32 x, y; xor.b32 x, $2, {flip}; mov.b32 y, {start};"
