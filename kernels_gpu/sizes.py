@@ -12,8 +12,8 @@ from gguf_run.models.pages import PAGE
 
 
 def cache_bytes(shape: AttentionShape, kind: CacheType, n_pages: int) -> int:
-    """Return the bytes of one layer's cache, exactly. A type that GPUs do not have takes none."""
-    forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v)[: 1 if shape.n_latent else 2] if name in CACHE_FORMATS]
+    """Return the bytes of one layer's cache, exactly."""
+    forms = [CACHE_FORMATS[name] for name in (kind.k, kind.v)[: 1 if shape.n_latent else 2]]
     return shape.n_head_kv * n_pages * PAGE * sum(form.row_bytes(shape.head_dim) for form in forms)
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from gguf_run.kernels_gpu.attention.cache_codec import store_row
 from gguf_run.kernels_gpu.attention.cache_rows import (
     column_of,
     hadamard,
@@ -11,7 +12,6 @@ from gguf_run.kernels_gpu.attention.cache_rows import (
     planes_at,
     row_factors,
     row_of,
-    store_row,
 )
 
 

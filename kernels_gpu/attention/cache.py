@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.attention.append import append, read_rows
-from gguf_run.kernels_gpu.attention.cache_types import CacheFormat, cache_format
+from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS, CacheFormat
 from gguf_run.kernels_gpu.device.device import current
 from gguf_run.models.backend import CacheType, rotates
 from gguf_run.models.kv_cache import GROUP
@@ -154,10 +154,10 @@ def new_cache(shape: AttentionShape, table: PageTable, kind: CacheType, device: 
 
     def rows(name: str, scales: Sequence[float] | None, rotate: bool | None) -> Rows:
         head_dim, size = shape.head_dim, (shape.n_head_kv, table.n_pages * PAGE)
-        form = cache_format(name, head_dim)
+        form = CACHE_FORMATS[name]
         qs = torch.zeros(*size, head_dim * form.bits // 8, dtype=torch.uint8, device=device)
-        n_scale = form.n_scale(head_dim)
-        d = torch.zeros(*size, n_scale, dtype=torch.float16, device=device) if n_scale else None
+        n_numbers = form.n_numbers(head_dim)
+        d = torch.zeros(*size, n_numbers, dtype=torch.float16, device=device) if n_numbers else None
         static = None if scales is None else torch.tensor(scales, device=device)
         return Rows(form, head_dim, rotates(form.bits, head_dim, rotate, scales is not None), static, qs, d)
 

@@ -1,16 +1,19 @@
-"""How rows of a KV cache are stored and read; cache_types.py has the table of types.
+"""How rows of a KV cache look, and how they are read; cache_types.py has the table of types.
 
 A row is one position of one KV head. It may have gone through the Hadamard transform. Its elements are in the plane qs.
-Its scales (f16), if it has any, are in the plane d: one for each block of 32 columns in ggml's types, one for the row
-in int8 and fp8. Byte j of a block of q4_0 has columns j and 16 + j. So a tile of rows is two operands of half the
-width: columns j and columns 16 + j.
+Its scales (f16), if it has any, are in the plane d: one for each block of 32 columns, followed by a minimum if the type
+has minimums; one for the row in int8 and fp8. Byte j of a block has columns j and 16 + j, 4 bits each, unless codes
+have 8 bits. So a tile of rows is two operands of half the width: columns j and columns 16 + j. The fifth bits stand
+behind all the nibbles of a row, 4 bytes for each block, as in the plane `high` of panels/panels.py.
 """
 
 import triton
 import triton.language as tl
+from triton.language import target_info
 from triton.language.target_info import cuda_capability_geq
 
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
+from gguf_run.kernels_gpu.panels.dots import look_up
 from gguf_run.models import pages
 
 PAGE = tl.constexpr(pages.PAGE)
@@ -18,14 +21,20 @@ PAGE = tl.constexpr(pages.PAGE)
 
 @triton.constexpr_function
 def n_operand(name):
-    """Return how many operands of tl.dot a tile of rows is: 2 for q4_0."""
-    return 2 if name == "q4_0" else 1
+    """Return how many operands of tl.dot a tile of rows is: 2 for codes of 4 and 5 bits."""
+    return 2 if CACHE_FORMATS[name].bits < 8 else 1
+
+
+@triton.constexpr_function
+def panel_of(name):
+    """Return the panel whose units are the blocks of a row, if it has blocks."""
+    return CACHE_FORMATS[name].panel
 
 
 @triton.constexpr_function
 def has_row_factor(name):
     """Return whether each row has a single scale. load_rows does not apply this scale; row_factors returns it."""
-    return CACHE_FORMATS[name].block is None
+    return CACHE_FORMATS[name].has_row_factor
 
 
 @triton.constexpr_function
@@ -43,13 +52,13 @@ def precision(name):
 @triton.constexpr_function
 def row_sizes(name, head_dim):
     """Return the bytes of a row's elements and the number of its scales."""
-    return head_dim * CACHE_FORMATS[name].bits // 8, CACHE_FORMATS[name].n_scale(head_dim)
+    return head_dim * CACHE_FORMATS[name].bits // 8, CACHE_FORMATS[name].n_numbers(head_dim)
 
 
 @triton.jit
 def column_of(c, part: tl.constexpr, TYPE: tl.constexpr):
     """Return the column that is column c of operand `part`."""
-    return c // 16 * 32 + 16 * part + c % 16 if TYPE == "q4_0" else c
+    return c // 16 * 32 + 16 * part + c % 16 if n_operand(TYPE) == 2 else c
 
 
 @triton.jit
@@ -71,13 +80,98 @@ def planes_at(planes, row, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
         return qs, d + row * SIZES[1]
 
 
+# Assembler of NVIDIA GPUs for four bytes in a register. The functions that use it have the same for other targets.
+NIBBLES = tl.constexpr("{ .reg .b32 x; shr.u32 x, $2, 4; and.b32 $0, $2, 0x0f0f0f0f; and.b32 $1, x, 0x0f0f0f0f; }")
+HIGH_BIT = tl.constexpr(
+    "{ .reg .b32 x; and.b32 x, $1, $2; add.u32 x, x, 0x7f7f7f7f; shr.u32 x, x, 3; and.b32 x, x, 0x10101010;"
+    " or.b32 $0, $3, x; }"
+)
+
+
+@triton.constexpr_function
+def half_code(signed, offset):
+    """Return that of _half. Signed bytes become unsigned ones, from which 128 is subtracted."""
+    flip, start = 0x80808080 if signed else 0, (0x6400 + offset) * 0x10001
+    return (
+        f"{{ .reg .b32 x, y; xor.b32 x, $2, {flip}; mov.b32 y, {start};"
+        " prmt.b32 $0, x, 0x64646464, 0x4140; sub.f16x2 $0, $0, y;"
+        " prmt.b32 $1, x, 0x64646464, 0x4342; sub.f16x2 $1, $1, y; }"
+    )
+
+
 @triton.jit
-def _half(code, OFFSET: tl.constexpr):
-    """Return code - OFFSET as f16, exactly, for code in uint8.
+def _half(code, OFFSET: tl.constexpr = 0):
+    """Return code - OFFSET as f16, exactly, for code in uint8; or code in int8 (without OFFSET).
 
     The bits 0x6400 + code are the f16 number 1024 + code. A subtraction is cheaper than a conversion.
     """
-    return (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
+    SIGNED: tl.constexpr = code.dtype == tl.int8
+    if target_info.is_cuda():
+        asm: tl.constexpr = half_code(SIGNED, 128 if SIGNED else OFFSET)
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [code], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return code.to(tl.float16) - OFFSET
+
+
+@triton.jit
+def _nibbles(byte):
+    """Return the low and the high nibbles of bytes, uint8."""
+    if target_info.is_cuda():
+        types: tl.constexpr = (tl.uint8, tl.uint8)
+        return tl.inline_asm_elementwise(NIBBLES, "=r,=r,r", [byte], dtype=types, is_pure=True, pack=4)
+    else:
+        return byte & 15, byte >> 4
+
+
+@triton.jit
+def _with_high_bit(code, high, mask):
+    """Return code, plus 16 where a byte of high has the bit of mask; all uint8."""
+    if target_info.is_cuda():
+        args = [high, mask, code]
+        return tl.inline_asm_elementwise(HIGH_BIT, "=r,r,r,r", args, dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return code | tl.where((high & mask) != 0, 16, 0).to(tl.uint8)
+
+
+@triton.jit
+def _load_blocks(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Do what load_rows does, for types with blocks."""
+    qs, d = planes
+    PANEL: tl.constexpr = panel_of(TYPE)
+    BOOK: tl.constexpr = PANEL.book_words
+    BYTES: tl.constexpr = 4 * PANEL.bits
+    block = tl.arange(0, WIDTH // 32)[None, :]
+    mask = live[:, None] & (block < HEAD_DIM // 32)
+    number = rows[:, None] * (HEAD_DIM // 32) + block
+    if PANEL.scales == "f16m":
+        pair = tl.load(d.to(tl.pointer_type(tl.uint32)) + number, mask=mask, other=0)[:, :, None]
+        scale = pair.to(tl.uint16).to(tl.float16, bitcast=True)
+        minimum = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    else:
+        scale = tl.load(d + number, mask=mask, other=0.0)[:, :, None]
+    mask, block = mask[:, :, None], block[:, :, None]
+    qs += (rows * row_sizes(TYPE, HEAD_DIM)[0])[:, None, None]
+    byte = tl.load(qs + block * BYTES + tl.arange(0, BYTES)[None, None, :], mask=mask, other=0)
+    size: tl.constexpr = (rows.shape[0], WIDTH // 32 * BYTES)
+    if PANEL.bits == 8:
+        return (tl.reshape(_half(byte.to(tl.int8, bitcast=True)) * scale, size),)
+    else:
+        if BOOK is not None:
+            low, high = look_up(byte, BOOK)
+            low, high = low.to(tl.int8, bitcast=True), high.to(tl.int8, bitcast=True)
+        else:
+            low, high = _nibbles(byte)
+        if PANEL.high:
+            j = tl.arange(0, 16)[None, None, :]
+            bits = tl.load(qs + HEAD_DIM // 2 + block * 4 + j % 4, mask=mask, other=0)
+            low = _with_high_bit(low, bits, (1 << j // 4).to(tl.uint8))
+            high = _with_high_bit(high, bits, (16 << j // 4).to(tl.uint8))
+        low, high = _half(low, PANEL.offset), _half(high, PANEL.offset)
+        if PANEL.scales == "f16m":
+            low, high = tl.fma(low, scale, minimum), tl.fma(high, scale, minimum)
+        else:
+            low, high = low * scale, high * scale
+        return tl.reshape(low, size), tl.reshape(high, size)
 
 
 @triton.jit
@@ -86,20 +180,9 @@ def load_rows(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WI
 
     f16, or f32 if is_wide. The factors of row_factors are not applied.
     """
-    qs, d = planes
-    if TYPE == "q8_0" or TYPE == "q4_0":
-        BYTES: tl.constexpr = 32 if TYPE == "q8_0" else 16
-        block = tl.arange(0, WIDTH // 32)[None, :]
-        mask = live[:, None] & (block < HEAD_DIM // 32)
-        at = rows[:, None] * (HEAD_DIM // 32) + block
-        scale = tl.load(d + at, mask=mask, other=0.0)[:, :, None]
-        byte = tl.load(qs + at[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :], mask=mask[:, :, None], other=0)
-        size: tl.constexpr = (rows.shape[0], WIDTH // 32 * BYTES)
-        if TYPE == "q8_0":
-            return (tl.reshape(byte.to(tl.int8, bitcast=True).to(tl.float16) * scale, size),)
-        else:
-            low, high = _half(byte & 15, 8) * scale, _half(byte >> 4, 8) * scale
-            return tl.reshape(low, size), tl.reshape(high, size)
+    qs, _d = planes
+    if panel_of(TYPE) is not None:
+        return _load_blocks(planes, rows, live, TYPE, HEAD_DIM, WIDTH)
     else:
         column = tl.arange(0, WIDTH)[None, :]
         mask = live[:, None] & (column < HEAD_DIM)
@@ -112,7 +195,7 @@ def load_rows(planes, rows, live, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr, WI
             bits = tl.load(qs.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0).to(tl.uint32)
             return ((bits << 16).to(tl.float32, bitcast=True),)
         elif TYPE == "int8":
-            return (tl.load(qs.to(tl.pointer_type(tl.int8)) + at, mask=mask, other=0).to(tl.float16),)
+            return (_half(tl.load(qs.to(tl.pointer_type(tl.int8)) + at, mask=mask, other=0)),)
         else:
             code = tl.load(qs + at, mask=mask, other=0)
             if TYPE == "fp8_e4m3" and cuda_capability_geq(8, 9):  # which has an instruction for two
@@ -129,79 +212,6 @@ def row_factors(planes, rows, live, TYPE: tl.constexpr):
     _qs, d = planes
     factor = tl.load(d + rows, mask=live, other=0.0).to(tl.float32)
     return factor * 256.0 if TYPE == "fp8_e4m3" and not cuda_capability_geq(8, 9) else factor
-
-
-@triton.jit
-def _fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """Return the nearest fp8 codes of x, ties to even, at most LARGEST. Only sm_89 and later have an instruction."""
-    bits = x.to(tl.int32, bitcast=True)
-    size = tl.minimum(tl.abs(x), LARGEST)
-    drop: tl.constexpr = 23 - MANTISSA
-    exact = size.to(tl.int32, bitcast=True)
-    normal = ((exact + ((1 << (drop - 1)) - 1) + ((exact >> drop) & 1)) >> drop) - ((127 - BIAS) << MANTISSA)
-    small = ((size * 2.0 ** (BIAS - 1 + MANTISSA) + 12582912.0) - 12582912.0).to(tl.int32)
-    code = tl.where(size < 2.0 ** (1 - BIAS), small, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def store_row(x, planes, row, scales, head, TYPE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store x f32[WIDTH], 0 beyond HEAD_DIM, as a row, with the roundings of the reference.
-
-    scales: None, or f32[n_head_kv]: static scales.
-    """
-    qs, d = planes
-    WIDTH: tl.constexpr = x.shape[0]
-    column = tl.arange(0, WIDTH)
-    mask = column < HEAD_DIM
-    at = row * HEAD_DIM + column
-    if TYPE == "f32":
-        tl.store(qs.to(tl.pointer_type(tl.float32)) + at, x, mask=mask)
-    elif TYPE == "f16":
-        tl.store(qs.to(tl.pointer_type(tl.float16)) + at, x.to(tl.float16), mask=mask)
-    elif TYPE == "bf16":
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(qs.to(tl.pointer_type(tl.int16)) + at, bits.to(tl.int16), mask=mask)
-    elif TYPE == "q8_0" or TYPE == "q4_0":
-        blocks = tl.reshape(x, (WIDTH // 32, 32))
-        block = tl.arange(0, WIDTH // 32)
-        size = tl.max(tl.abs(blocks), axis=1)
-        if TYPE == "q8_0":
-            scale = tl.div_rn(size, 127.0)
-        else:  # the first of the largest values becomes -8
-            i = tl.arange(0, 32)[None, :]
-            first = tl.min(tl.where(tl.abs(blocks) == size[:, None], i, 32), axis=1)
-            scale = tl.sum(tl.where(i == first[:, None], blocks, 0.0), axis=1) * -0.125
-        inverse = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
-        tl.store(d + row * (HEAD_DIM // 32) + block, scale.to(tl.float16), mask=block < HEAD_DIM // 32)
-        value = tl.fma(blocks, inverse[:, None], 0.0)  # a plain product would be fused with the addition below
-        if TYPE == "q8_0":
-            whole = tl.floor(tl.abs(value) + 0.5)
-            code = tl.reshape(tl.where(value < 0, -whole, whole), (WIDTH,)).to(tl.int8)
-            tl.store(qs.to(tl.pointer_type(tl.int8)) + at, code, mask=mask)
-        else:
-            code = tl.minimum((value + 8.5).to(tl.int32), 15)
-            low, high = tl.split(tl.permute(tl.reshape(code, (WIDTH // 32, 2, 16)), (0, 2, 1)))
-            to = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-            byte = (low | high << 4).to(tl.uint8)
-            tl.store(qs + row * (HEAD_DIM // 2) + to, byte, mask=to < HEAD_DIM // 2)
-    else:
-        LARGEST: tl.constexpr = 127.0 if TYPE == "int8" else (448.0 if TYPE == "fp8_e4m3" else 57344.0)
-        if scales is None:
-            scale = tl.div_rn(tl.max(tl.abs(x), axis=0), LARGEST).to(tl.float16)
-        else:
-            scale = tl.load(scales + head).to(tl.float16)
-        tl.store(d + row, scale)
-        factor = scale.to(tl.float32)
-        value = x * tl.where(factor == 0, 0.0, tl.div_rn(1.0, factor))
-        if TYPE == "int8":
-            value = tl.minimum(tl.maximum(value, -127.0), 127.0)
-            tl.store(qs + at, ((value + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
-        elif TYPE == "fp8_e4m3":
-            tl.store(qs + at, _fp8(value, 3, 7, LARGEST), mask=mask)
-        else:
-            tl.store(qs + at, _fp8(value, 2, 15, LARGEST), mask=mask)
 
 
 @triton.jit

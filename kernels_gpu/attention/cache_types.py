@@ -1,8 +1,8 @@
-"""The table of KV cache types of a GPU, without torch or Triton. cache_rows.py stores and reads the rows."""
+"""The table of KV cache types of a GPU, which are the CPU's, without torch or Triton. cache_rows.py has the layout."""
 
 from dataclasses import dataclass
 
-from gguf_run.formats.errors import OptionError
+from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.backend import BLOCK
 from gguf_run.models.pages import PAGE
 
@@ -15,18 +15,21 @@ class CacheFormat:
 
     name: str
     bits: int  # of an element
-    block: int | None = 0  # columns that share a scale; 0: there are no scales; None: all columns of a row
+    panel: IntPanel | None = None  # whose units are blocks of 32 columns
+    has_row_factor: bool = False  # all columns of a row share a scale
 
-    def allows(self, head_dim: int) -> bool:
-        """Return whether rows of head_dim columns are whole blocks."""
-        return not self.block or head_dim % self.block == 0
-
-    def n_scale(self, head_dim: int) -> int:
-        """Return the scales of a row, f16."""
-        return 1 if self.block is None else head_dim // self.block if self.block else 0
+    def n_numbers(self, head_dim: int) -> int:
+        """Return how many f16 numbers a row has: scales, or pairs of a scale and a minimum."""
+        return head_dim // BLOCK * self.panel.scale_bytes // 2 if self.panel else int(self.has_row_factor)
 
     def row_bytes(self, head_dim: int) -> int:
-        return head_dim * self.bits // 8 + 2 * self.n_scale(head_dim)
+        return head_dim * self.bits // 8 + 2 * self.n_numbers(head_dim)
+
+
+def _blocks(name: str, panel: str = "") -> CacheFormat:
+    form = PANELS[panel or name.upper()]
+    assert isinstance(form, IntPanel)
+    return CacheFormat(name, form.bits + form.high, form)
 
 
 CACHE_FORMATS = {
@@ -35,20 +38,15 @@ CACHE_FORMATS = {
         CacheFormat("f32", 32),
         CacheFormat("f16", 16),
         CacheFormat("bf16", 16),
-        CacheFormat("q8_0", 8, BLOCK),
-        CacheFormat("q4_0", 4, BLOCK),
-        CacheFormat("int8", 8, None),
-        CacheFormat("fp8_e4m3", 8, None),
-        CacheFormat("fp8_e5m2", 8, None),
+        _blocks("q8_0"),
+        _blocks("q5_1"),
+        _blocks("q5_0"),
+        _blocks("q4_1"),
+        _blocks("q4_0"),
+        _blocks("iq4_nl"),
+        CacheFormat("int8", 8, None, True),
+        CacheFormat("fp8_e4m3", 8, None, True),
+        CacheFormat("fp8_e5m2", 8, None, True),
+        _blocks("int4", "Q4_0"),
     )
 }
-
-
-def cache_format(name: str, head_dim: int) -> CacheFormat:
-    """Return a row of the table. OptionError if there is none, or if heads of head_dim columns are no whole blocks."""
-    form = CACHE_FORMATS.get(name)
-    if form is None:
-        raise OptionError(f"cache type {name}: on a GPU there are {', '.join(CACHE_FORMATS)}; or use --device cpu")
-    if not form.allows(head_dim):
-        raise OptionError(f"cache type {name}: heads of {head_dim} columns are no whole blocks of {form.block}")
-    return form

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gguf_run.formats.errors import GgufRunError
-from gguf_run.runtime.load.fit import holds_all, most_layers, place, plan_lines
+from gguf_run.runtime.load.fit import holds_all, place, plan_lines
 from gguf_run.runtime.load.memory import MemoryPlan
 from gguf_run.runtime.load.options import Device, Placement, Wanted
 
@@ -46,7 +46,7 @@ def open_placement(
     free = _free_memory(gpus, plan, wanted) if gpus else {}
     placement = place(plan, wanted, free)
     if gpus and not placement.n_gpu:
-        report(f"all on the CPU: {most_layers(plan)[1] or 'not one layer fits into the free memory of the GPU'}")
+        report("all on the CPU: not one layer fits into the free memory of the GPU")
     elif gpus:
         for line in plan_lines(plan, placement, free):
             report(line)

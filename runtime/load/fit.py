@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gguf_run.formats.errors import GgufRunError, OptionError
-from gguf_run.kernels_gpu.attention.cache_types import cache_format
 from gguf_run.kernels_gpu.panels.panels import matrix_bytes
 from gguf_run.kernels_gpu.sizes import cache_bytes, program_bytes
 from gguf_run.models.config import ModelConfig
@@ -106,8 +105,7 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
     """Return the device of each part of a model.
 
     free: the free bytes of each GPU, in the order in which GPUs get layers; may be empty.
-    OptionError for --gpu-layers out of range and for a cache type that GPUs do not have; GgufRunError, which says what
-    would fit, if there is not enough memory.
+    OptionError for --gpu-layers out of range; GgufRunError, which says what would fit, if there is not enough memory.
     """
     n_layer = plan.config.n_layer
     if wanted.n_gpu is not None and wanted.n_gpu > n_layer:
@@ -120,10 +118,8 @@ def place(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> Place
         )
     if not free:
         return cpu_only(n_layer)
-    n_gpu, (most, lacking) = n_layer if wanted.n_gpu == -1 else wanted.n_gpu, most_layers(plan)
-    if wanted.insists and (n_gpu or 1) > most:
-        raise OptionError(lacking)
-    numbers = range(most, -1, -1) if n_gpu is None else range(n_gpu, n_gpu + 1)
+    n_gpu = n_layer if wanted.n_gpu == -1 else wanted.n_gpu
+    numbers = range(n_layer, -1, -1) if n_gpu is None else range(n_gpu, n_gpu + 1)
     found, plan = _search(with_experts_on_cpu(plan, wanted), numbers, wanted, free)
     if found is None or (not found.n_gpu and n_gpu != 0 and wanted.insists):
         raise GgufRunError(_too_small(plan, n_gpu or max(1, bound), wanted.split, free))
@@ -159,21 +155,10 @@ def with_experts_on_cpu(plan: MemoryPlan, wanted: Wanted) -> MemoryPlan:
 
 
 def holds_all(plan: MemoryPlan, wanted: Wanted, free: Mapping[Device, int]) -> bool:
-    """Whether these GPUs have room for all layers that the user wants and whose cache types GPUs know."""
+    """Whether these GPUs have room for all layers that the user wants."""
     n_gpu = plan.config.n_layer if wanted.n_gpu in (None, -1) else wanted.n_gpu
     plan = with_experts_on_cpu(plan, wanted)
-    return fit(gpu_sizes(plan), (min(n_gpu or 0, most_layers(plan)[0]),), wanted.split, free) is not None
-
-
-def most_layers(plan: MemoryPlan) -> tuple[int, str]:
-    """Return how many layers, from the last on, have cache types that GPUs know, and the error of the next layer."""
-    for n_gpu, il in enumerate(reversed(range(plan.config.n_layer))):
-        try:
-            for name in (plan.cache[il].k, plan.cache[il].v):
-                cache_format(name, plan.config.attention(il).head_dim)
-        except OptionError as error:
-            return n_gpu, str(error)
-    return plan.config.n_layer, ""
+    return fit(gpu_sizes(plan), (n_gpu or 0,), wanted.split, free) is not None
 
 
 def fit(

@@ -62,13 +62,36 @@ def iq4_nl(x: np.ndarray) -> np.ndarray:
     return (d[:, None] * q).reshape(x.shape)
 
 
+def int4(x: np.ndarray) -> np.ndarray:
+    """Four scales are tried. The codes that fit best get the scale that fits them best. Halves of sums are added up."""
+
+    def total(products: np.ndarray) -> np.ndarray:
+        while products.shape[-1] > 1:
+            products = products.reshape(*products.shape[:-1], 2, -1).sum(axis=-2)
+        return products
+
+    blocks = x.reshape(-1, 1, 32)
+    far = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
+    d = far * (np.array([-1.0, -0.92, -0.85, -0.78]) / 8).astype(np.float32)[:, None]
+    with np.errstate(divide="ignore"):
+        scaled = blocks * np.where(d == 0, np.float32(0), np.float32(1) / d) + np.float32(8.5)
+    q = np.minimum(np.maximum(scaled, 0).astype(np.int32), 15).astype(np.float32) - 8
+    product, square = total(blocks * q), np.maximum(total(q * q), 1)
+    best = (product * product / square).argmax(axis=1)[..., None]
+    d, q = (np.take_along_axis(part, best, axis=1) for part in (product / square, q))
+    return (d.astype(np.float16).astype(np.float32) * q).reshape(x.shape)
+
+
 INT8 = np.arange(128.0)
 E4M3, E5M2 = float8(3, 7, 448), float8(2, 15, 57344)
 TWINS = {
     "q8_0": lambda x: dequantize(quantize(x, "Q8_0"), type_by_name("Q8_0")),
     "q5_1": lambda x: dequantize(quantize(x, "Q5_1"), type_by_name("Q5_1")),
+    "q5_0": lambda x: dequantize(quantize(x, "Q5_0"), type_by_name("Q5_0")),
+    "q4_1": lambda x: dequantize(quantize(x, "Q4_1"), type_by_name("Q4_1")),
     "q4_0": lambda x: dequantize(quantize(x, "Q4_0"), type_by_name("Q4_0")),
     "iq4_nl": iq4_nl,
+    "int4": int4,
     "int8": lambda x: by_rows(x, 127, INT8),
     "fp8_e4m3": lambda x: by_rows(x, 448, E4M3),
     "fp8_e5m2": lambda x: by_rows(x, 57344, E5M2),

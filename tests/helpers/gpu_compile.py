@@ -50,6 +50,8 @@ MMA = r"(?:mma\.sync|wgmma\.mma|tcgen05\.mma|v_wmma|v_mfma)"  # in assembler
 ATTENTION = (
     ("q8_0", "q8_0", 128, 1),
     ("q8_0", "q8_0", 128, 64),
+    ("q5_1", "q5_1", 128, 64),
+    ("iq4_nl", "q4_1", 128, 1),
     ("f16", "f16", 128, 1),
     ("f16", "f16", 128, 64),
     ("q4_0", "q4_0", 128, 1),
@@ -218,7 +220,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
     every = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
     few_cases = [(name, 1) for name in (*every, "F16", "F32", "BF16")] if full else [("Q3_K", 1), ("Q6_K", 1)]
     many_cases = [("Q6_K", 16)]
-    attentions = ATTENTION if full else ATTENTION[:2]
+    attentions = ATTENTION if full else ATTENTION[:3]
     if full:
         few_cases += [("Q4_K", 2), ("Q8_0", 4), ("Q4_K", 8), ("Q3_K", 8)]
         many_cases += [("Q4_K", 32), ("Q6_K", 64), ("Q3_K", 96)]

@@ -267,9 +267,9 @@ def test_planned_caches(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model.gguf", replace(TINY_GEMMA3, window=70))
     with GGUFFile.open(tmp_path / "model.gguf") as file:
         config, tensors = ModelConfig.from_metadata(file.metadata, file.tensors), [*file.tensors.values()]
-    names = [*CACHE_FORMATS]
-    kinds = [CacheType(*pair) for pair in zip(names, names[3:] + names[:3], strict=True)][: config.n_layer]
-    for n_ctx, n_batch, n_seq, n_cells in ((1000, 32, 1, None), (100, 512, 3, 250), (128, 1, 2, None)):
+    names = [*CACHE_FORMATS] * 2
+    for first, n_ctx, n_batch, n_seq, n_cells in ((0, 1000, 32, 1, None), (4, 100, 512, 3, 250), (8, 128, 1, 2, None)):
+        kinds = [CacheType(*names[at : at + 2]) for at in range(first, first + config.n_layer)]
         plan = MemoryPlan(config, tensors, n_ctx, kinds, n_batch, n_seq, n_cells)
         for il, kind in enumerate(kinds):
             backend = gpu()

@@ -82,7 +82,6 @@ CASES: dict[str, tuple[Callable[[Patch], None], str, int, str]] = {
         r"--device cuda:1: torch and triton do not work here \(undefined symbol: abc\); install versions that belong",
     ),
     "too many layers": (runs(), "-ngl 4", 2, "--gpu-layers 4: allowed are 0 to 3, the model's layers, all and auto"),
-    "no such type": (runs(), "-ngl 1 -ctk q5_0", 2, "cache type q5_0: on a GPU there are f32, f16, .*or use --device"),
     "little memory": (
         runs(free=MARGIN + 9_600_000), "-ngl all -c 4096", 1,
         r"--gpu-layers 3: out of memory on cuda:0: .* needed \(weights .*\) .*: --gpu-layers 2 or --ctx-size 2.* fit",

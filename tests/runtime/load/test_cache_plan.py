@@ -13,6 +13,7 @@ from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
 from gguf_run.kernels_cpu.attention.cache_types import CACHE_FORMATS
 from gguf_run.kernels_cpu.backend import CpuBackend
+from gguf_run.kernels_gpu import sizes
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.pages import PageTable
@@ -49,6 +50,7 @@ def test_bytes_of_each_type(config: ModelConfig, name: str, row: int) -> None:
     mixed = plan_cache(config, (name, "f16"))
     assert total_bytes(config, mixed, 128, 128) == 2 * 2 * 128 * (row + 128)
     assert total_bytes(config, mixed, 97, 97, n_seq=3) == 3 * total_bytes(config, mixed, 128, 128)
+    assert sizes.cache_bytes(config.attention(0), mixed[0], n_pages=2) == 2 * 128 * (row + 128)  # on a GPU
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("q8_0", 0.53125), ("q4_0", 0.28125), ("int8", 0.5078125)])

@@ -12,7 +12,6 @@ from tinymodel import Tiny, write_tiny
 
 from gguf_run.formats.errors import GgufRunError, OptionError
 from gguf_run.formats.gguf.reader import GGUFFile
-from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.runtime.load import devices
 from gguf_run.runtime.load.cache_plan import plan_cache
@@ -192,26 +191,6 @@ def test_the_plan_is_told(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> 
     placement, gpus = open_placement(plan, Wanted(), lines.append)
     assert (placement.n_gpu, gpus, len(lines)) == (0, {}, 1)
     assert "all on the CPU: not one layer fits" in lines[0]
-
-
-def test_cache_types_that_gpus_lack(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before anything is loaded; the layers after the last one that has such a type can be on a GPU."""
-    room = {GPU[0]: 1 << 40}
-    lacking = replace(
-        plan, cache=[CacheType("f16", "int4"), *plan.cache[1:3], CacheType("q5_1", "f16"), *plan.cache[4:]]
-    )
-    assert letters(place(lacking, Wanted(), room)) == "ccccc00"
-    assert letters(place(lacking, Wanted(n_gpu=2), room)) == "ccccc00"
-    for wanted in (Wanted(n_gpu=3), Wanted(n_gpu=-1)):
-        with pytest.raises(OptionError, match=r"cache type q5_1: on a GPU there are f32, f16, .*or use --device cpu"):
-            place(lacking, wanted, room)
-    none = lacking.with_type("int4")
-    with pytest.raises(OptionError, match="cache type int4"):
-        place(none, Wanted((GPU[0],)), room)
-    monkeypatch.setattr(devices, "open_gpu", lambda device: SimpleNamespace(free_memory=lambda: 1 << 40))
-    lines: list[str] = []
-    assert letters(open_placement(none, Wanted(), lines.append)[0]) == "ccccccc"
-    assert lines[0].startswith("all on the CPU: cache type int4: on a GPU there are f32, f16, bf16, q8_0, q4_0, int8")
 
 
 def test_gpus_are_asked_only_if_they_are_needed(plan: MemoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
