@@ -90,7 +90,11 @@ class Decoder:
         ends = n_batch, n_outputs, report, self.observed, self.has_logits, adapters
         self._stages = build(config, tensors, placed, layers, *ends)
         self._program = self._stages[-1].program  # makes the logits
-        self.n_top = self._program.n_top  # the most values of a Top; 0: `top` takes none
+
+    @property
+    def n_top(self) -> int:
+        """The most values of a Top; 0: `top` takes none."""
+        return self._program.n_top
 
     @property
     def n_past(self) -> int:
