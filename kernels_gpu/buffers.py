@@ -142,12 +142,13 @@ class Int8(NamedTuple):
 class Halves(NamedTuple):
     """Rows as f16 (rows/quantize.py). Kernels take it as a tuple."""
 
-    xh: Array  # f16[rows, n]
+    xh: Array  # f16[rows, n filled up to a multiple of 256]
     xm: Array  # f32[rows]: factors of the rows
 
     @classmethod
     def empty(cls, n_row: int, n: int, device: torch.device) -> "Halves":
-        return cls(torch.zeros(n_row, n, dtype=torch.float16, device=device), torch.zeros(n_row, device=device))
+        width = -(-n // 256) * 256
+        return cls(torch.zeros(n_row, width, dtype=torch.float16, device=device), torch.zeros(n_row, device=device))
 
 
 class PairMemory:

@@ -17,19 +17,27 @@ def padded(n_row: int) -> int:
 class Tuning:
     """How an architecture likes its kernels."""
 
-    # Tokens up to which matmul_tile, which takes up to 64, is faster than dequantizing to memory and multiplying there.
-    small: int = 64
-    tile: tuple[int, int] = (64, 4)  # rows and units of a tile of matmul_tile
+    # Tokens up to which matmul_mma is faster than dequantizing to memory and multiplying there.
+    small: int = 128
+    # Of matmul_mma, by the most tokens of a program: tiles of a warp, programs for each multiprocessor.
+    mma: tuple[tuple[int, int, int], ...] = ((32, 2, 3), (64, 1, 3))
+    tile: tuple[int, int] = (64, 4)  # rows and units of a tile of expert_tile
     # Rows of a program of matmul_decode by the number of tokens.
     rows: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 2), (8, 1))
-    programs: int = 264  # of attention for a few tokens: about two for each multiprocessor
+    programs: int = 264  # of attention for a few tokens: two for each multiprocessor
 
     def n_row(self, n_token: int) -> int:
         """Rows of a program of matmul_decode for n_token tokens."""
         return dict(self.rows)[n_token]
 
+    def mma_tiles(self, m: int) -> tuple[int, int]:
+        """Return tiles of a warp, and about how many programs, of matmul_mma for m tokens of a program."""
+        tiles, n_program = next((tiles, n) for most, tiles, n in self.mma if m <= most)
+        return tiles, n_program * self.programs // 2
+
 
 DEFAULT = Tuning()
+AMD = Tuning(small=0)  # matmul_mma is written for NVIDIA's tensor cores
 # By compute capability; others take DEFAULT. Computed, not measured: two programs on each multiprocessor of an A100,
 # RTX 3090, RTX 4090, H100 and B200. Tiles: 8 to 15 instructions a weight (Q4_K), whose memory is read once.
 # Dequantizing: 8 instructions, and four bytes more to write and to read.

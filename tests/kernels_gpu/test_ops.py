@@ -16,7 +16,7 @@ from stream_ops import streams
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_gpu.buffers import Memory
-from gguf_run.kernels_gpu.device.tuning import DEFAULT, FEW
+from gguf_run.kernels_gpu.device.tuning import FEW, Tuning
 from gguf_run.kernels_gpu.fuse import Convert
 from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.matmul import launch as matmul
@@ -144,24 +144,32 @@ def _view(words: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def test_activations() -> None:
-    """int8 blocks with the CPU's roundings, and their sums; halves with a factor for each row; zeros stay zeros."""
+    """int8 blocks with the CPU's roundings, and their sums; halves with a factor for each row; zeros stay zeros.
+
+    Halves in both orders, with zeros behind the columns."""
     import torch
 
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((3, 1120)) * np.exp(rng.standard_normal((3, 1120)))).astype(np.float32)
     x[1, 64:128], x[2] = 0, 0
-    memory, buffer = Memory(DEVICE, DEFAULT, 3, 1), Buffer.whole("x", 1128).columns(8, 1120)
-    memory.rows(buffer)[:3] = torch.from_numpy(x)
-    for launch in bind([Convert(buffer, "int8"), Convert(buffer, "halves")], memory):
-        launch(3)
-    int8, halves = memory.int8(buffer), memory.halves(buffer)
+    made = []
+    for small in (0, 3):
+        memory, buffer = Memory(DEVICE, Tuning(small=small), 3, 1), Buffer.whole("x", 1128).columns(8, 1120)
+        memory.rows(buffer)[:3] = torch.from_numpy(x)
+        for launch in bind([Convert(buffer, "int8"), Convert(buffer, "halves")], memory):
+            launch(3)
+        int8, halves = memory.int8(buffer), memory.halves(buffer)
+        made.append(halves.xh)
     d, q = quantize_twin(x)
-    xq, xd, xs, xh, xm = (form[:3].cpu().numpy() for form in (*int8, *halves))
+    xq, xd, xs, xh, xm = (form[:3].cpu().numpy() for form in (*int8, made[0], halves.xm))
     assert np.array_equal(xd, d)
     assert np.array_equal(xq.view(np.int8).reshape(q.shape), q)
     assert np.array_equal(xs.view(np.int16).reshape(3, -1), q.reshape(3, -1, 16).sum(2))
     assert np.array_equal(xm, np.abs(x).max(1))
-    assert np.abs(xh * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
+    assert np.abs(xh[:, :1120] * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
+    assert (xh[:, 1120:] == 0).all()
+    fragments = made[1].view(4, 5, 8, 8, 4, 8)  # of 8 rows, 256 columns: 8 columns of each row and each run of 64
+    assert torch.equal(fragments.permute(0, 3, 1, 4, 2, 5).reshape(32, 1280), made[0])
 
 
 @pytest.mark.parametrize("name", [*PANELS, "IQ2_S"])

@@ -1,0 +1,137 @@
+"""matmul for more tokens than decode.py takes: weights become f16 in registers, and tensor cores multiply them.
+
+Weights are read once for up to 64 tokens. A warp has tiles of 16 rows of the weights. A thread holds what `mma` wants
+from it (panels/halves.py): thread 4 g + q of a warp has rows g and g + 8 of a tile, token g of each eight tokens of x,
+and the sums of both rows for tokens 2 q and 2 q + 1. The four threads of a row share 256 columns: thread q has the 64
+from 64 q on, which are whole units. x is stored in the same order (half_at in rows/quantize.py), so a warp loads 512
+bytes of it at once.
+
+Element i of a tensor [THREADS] must be in thread i. Triton promises no such thing; tests/kernels_gpu/test_compile.py
+checks it.
+"""
+
+import triton
+import triton.language as tl
+
+from gguf_run.kernels_gpu.matmul.decode import is_last
+from gguf_run.kernels_gpu.panels.halves import field_halves, load_fields, mma, prefetch
+from gguf_run.kernels_gpu.panels.units import added, words4, zeros
+from gguf_run.kernels_gpu.rows.activation import gate_by
+
+
+@triton.jit
+def _step(sums, rows, x, f: tl.constexpr, i: tl.constexpr, PANEL: tl.constexpr):
+    """Return sums + the products of the weights 4 i to 4 i + 3 of field f of all threads. x: two words for 8 tokens."""
+    total = ()
+    for r in tl.static_range(0, len(rows), 2):
+        a0, a2 = field_halves(rows[r][f], i, PANEL)
+        a1, a3 = field_halves(rows[r + 1][f], i, PANEL)
+        for t in tl.static_range(len(x)):
+            b = x[t][i % 2 * 2 : i % 2 * 2 + 2]
+            c = sums[2 * r * len(x) + 4 * t : 2 * r * len(x) + 4 * t + 4]
+            total = total + mma((a0, a1, a2, a3), b, c)
+    return total
+
+
+@triton.jit
+def _sum_blocks(
+    w, rows, x, first, end, n_block, n_unit,
+    PANEL: tl.constexpr, M: tl.constexpr, THREADS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Return the sums over columns 256 * first to 256 * end of w times x: for each tile, each 8 tokens: four numbers.
+
+    rows: of each thread, two for each tile. x: of the first token. n_block: 256 columns each, of a whole row.
+    """
+    lane = tl.arange(0, THREADS) % 32
+    x = x.to(tl.pointer_type(tl.int32)) + lane * 4
+    sums = zeros(2 * len(rows) * (M // 8), THREADS)
+    for block in range(first, end):
+        weights = ()
+        for r in tl.static_range(len(rows)):
+            prefetch(w, rows[r], tl.minimum(block + 1, end - 1) * 4 + lane % 4, n_unit, PANEL, EVEN)
+            weights = weights + (load_fields(w, rows[r], block * 4 + lane % 4, n_unit, PANEL, EVEN),)
+        for piece in tl.static_range(8):  # 8 columns
+            x_piece = ()
+            for t in tl.static_range(M // 8):
+                x_piece = x_piece + (words4(x + (t * n_block + block) * 1024 + piece * 128),)
+            for i in tl.static_range(2):
+                sums = _step(sums, weights, x_piece, piece // 2, piece % 2 * 2 + i, PANEL)
+    return sums
+
+
+@triton.jit
+def _store(
+    sums, o, m, xm, out, out_stride, bias, residual, residual_stride, n_out,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Store what the sums of token m and rows o and o + 8, or of the gate and the `up` of o, add up to."""
+    factor = tl.load(xm + m)
+    values = (sums[0] * factor, sums[1] * factor)
+    if ACTIVATION is not None:
+        if bias is not None:
+            mask = o < n_out
+            values = added(values, (tl.load(bias + o, mask=mask), tl.load(bias + n_out + o, mask=mask)))
+        values = (gate_by(values[0], values[1], ACTIVATION),)
+    for i in tl.static_range(len(values)):
+        column = o + 8 * i
+        mask = column < n_out
+        value = values[i]
+        if bias is not None and ACTIVATION is None:
+            value += tl.load(bias + column, mask=mask)
+        if residual is not None:
+            value += tl.load(residual + m * residual_stride + column, mask=mask)
+        tl.store(out + m * out_stride + column, value, mask=mask)
+
+
+@triton.jit
+def matmul_mma(
+    w, x, out, out_stride, bias, residual, residual_stride, n_out, n_unit, n_block, parts, counts,
+    PANEL: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]); grid (n / M, n_out / columns, parts of a row).
+
+    x: (xh, xm), fragments. A warp has TILES tiles of 16 rows of w: 16 columns of out, or 8 and their gates.
+    n_block: of 256 columns of w. For the other arguments see matmul_decode.
+    SPLIT: whether a row has several parts. Then their sums go to `parts`, and the last program to finish adds them in
+    one order; `counts`, all 0 before and after a launch, tells which one that is.
+    """
+    COLUMNS: tl.constexpr = 16 if ACTIVATION is None else 8  # of out, for each tile
+    xh, xm = x
+    thread = tl.arange(0, THREADS)
+    token = tl.program_id(0) * M
+    o = (tl.program_id(1) * (THREADS // 32) + thread // 32) * (TILES * COLUMNS) + thread % 32 // 4
+    rows = ()
+    for i in tl.static_range(TILES):
+        lower = tl.minimum(o + i * COLUMNS, n_out - 1).to(tl.int64)
+        if ACTIVATION is None:
+            rows = rows + (lower, tl.minimum(o + i * COLUMNS + 8, n_out - 1).to(tl.int64))
+        else:
+            rows = rows + (lower, lower + n_out)
+    n_part, part = tl.num_programs(2), tl.program_id(2)
+    first = part * n_block // n_part
+    end = (part + 1) * n_block // n_part
+    xh += token * n_block * 256
+    sums = _sum_blocks(w, rows, xh, first, end, n_block, n_unit, PANEL, M, THREADS, EVEN)
+    if SPLIT:
+        N: tl.constexpr = TILES * M // 2
+        place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        parts += place * (n_part * N * THREADS) + thread
+        for i in tl.static_range(N):
+            tl.store(parts + (part * N + i) * THREADS, sums[i])
+        if not is_last(counts + place, n_part):
+            return
+        sums = zeros(N, THREADS)
+        for k in range(n_part):
+            values = ()
+            for i in tl.static_range(N):
+                values = values + (tl.load(parts + (k * N + i) * THREADS, cache_modifier=".cg"),)
+            sums = added(sums, values)
+    for i in tl.static_range(TILES):
+        for t in tl.static_range(M // 8):
+            for c in tl.static_range(2):
+                pair = (sums[(i * (M // 8) + t) * 4 + c], sums[(i * (M // 8) + t) * 4 + 2 + c])
+                m = token + 8 * t + thread % 4 * 2 + c
+                _store(
+                    pair, o + i * COLUMNS, m, xm, out, out_stride, bias, residual, residual_stride, n_out, ACTIVATION
+                )
