@@ -7,6 +7,7 @@ import triton
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, Strided
+from gguf_run.kernels_gpu.device.device import registers
 from gguf_run.kernels_gpu.device.tuning import SCRATCH, WIDTH, Tuning
 from gguf_run.kernels_gpu.fuse import BLOCK, FusedMatmul
 from gguf_run.kernels_gpu.matmul.decode import matmul_decode, matmul_float
@@ -119,7 +120,7 @@ class PartProduct:
             part.w, halves, *self.out, self.bias, *self.residual, self.n_out, part.n_unit, split.n_block,
             self.memory.scratch["raw"], self.memory.scratch["counts"], PANEL=part.panel, M=split.m, TILES=split.tiles,
             THREADS=32 * _WARPS, EVEN=part.n_unit * part.panel.unit == 256 * split.n_block, SPLIT=split.grid[2] > 1,
-            ACTIVATION=self.activation, num_warps=_WARPS,
+            ACTIVATION=self.activation, num_warps=_WARPS, **registers(168),
         )  # fmt: skip
 
     def _in_memory(self, xh: Array, raw: Array) -> None:
@@ -162,9 +163,10 @@ def _part_products(product: FusedMatmul, memory: Memory) -> list[PartProduct]:
         memory.want(counts=-(-part.n_out // BLOCK))
         if not few:
             n_row = memory.n_row(op.x)
-            splits = (Split.of(part, n, memory.tuning) for n in range(8, min(n_row, memory.tuning.small) + 1, 8))
-            raw = max([n_row * result_width(part.n_out), *(split.n_sums for split in splits)])
-            memory.want(raw=raw, weights=min(SCRATCH, part.n_out * part.n_in))
+            memory.want(raw=n_row * result_width(part.n_out), weights=min(SCRATCH, part.n_out * part.n_in))
+            for n in range(8, min(n_row, memory.tuning.small) + 1, 8):
+                split = Split.of(part, n, memory.tuning)
+                memory.want(raw=split.n_sums, counts=split.grid[0] * split.grid[1])
     return parts
 
 

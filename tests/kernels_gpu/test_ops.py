@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from adapter_ops import compare
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
-from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
+from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, only_interpreted, pytestmark, use_tuning
 from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
 from paged import mixed_table
 from stream_ops import streams
+from triton.runtime import interpreter
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_gpu.buffers import Memory
@@ -84,8 +85,44 @@ def test_matmul_of_integer_panels(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", FLOAT)
 @pytest.mark.parametrize("n_in", [7, 300])
-def test_matmul_of_float_panels(name: str, n_in: int) -> None:
-    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 17, *MANY))
+def test_matmul_of_float_panels(name: str, n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tuning(monkeypatch, small=16)
+    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 9, 17, *MANY))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_out", "n_in", "tokens"),
+    [("Q4_K", 150, 1280, (16,)), ("Q6_K", 9, 1024, (33, 66)), ("Q4_1", 30, 1120, (64,)), ("Q2_K", 5, 1024, (100,))],
+)
+def test_matmul_in_parts(
+    name: str, n_out: int, n_in: int, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of weights in two parts, which may differ, and in two programs; tokens in one program and in two."""
+    use_tuning(monkeypatch, small=128)
+    check_matmul([random_tensor(name, n_out, n_in)], tokens)
+
+
+@only_interpreted
+def test_parts_are_added_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whichever part's program is the last one. Twice: the counts are 0 again."""
+    use_tuning(monkeypatch, small=128)
+    rng, tensor = np.random.default_rng(1), random_tensor("Q4_K", 9, 1024)
+    step, order = Step(gpu(), 9), list[int]()
+    out = step.buffer(9)
+    step.add(Matmul(step.input(rng.standard_normal((9, 1024))), step.backend.weight([tensor]), out))
+    step.finish(out)
+    results = [step.run(9) for _ in range(2)]
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+
+    def place_last_first(x: int, y: int, z: int) -> None:
+        order.append(builder.grid_dim[2] - 1 - z)
+        place(x, y, order[-1])
+
+    monkeypatch.setattr(builder, "set_grid_idx", place_last_first)
+    results.append(step.run(9))
+    assert 1 in order
+    assert all(np.array_equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q6_K", "Q8_0"])
@@ -102,8 +139,12 @@ def test_matmul_of_stacked_types() -> None:
 @pytest.mark.parametrize(
     ("activation", "types"), [("silu", ("Q4_0", "Q4_0")), ("gelu", ("Q4_0", "Q8_0")), ("gelu", ("Q8_0", "Q8_0"))]
 )
-def test_matmul_gated(activation: str, types: Sequence[str]) -> None:
-    check_matmul([random_tensor(name, 3, 96, i) for i, name in enumerate(types)], (1, 2, 9), activation)
+@pytest.mark.parametrize(("small", "tokens"), [(0, (1, 2, 9)), (128, (9,))])
+def test_matmul_gated(
+    activation: str, types: Sequence[str], small: int, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tuning(monkeypatch, small=small)
+    check_matmul([random_tensor(name, 11 if small else 3, 96, i) for i, name in enumerate(types)], tokens, activation)
 
 
 def test_fallbacks_of_dot_products() -> None:
