@@ -215,6 +215,10 @@ class Memory:
             self._halves[x] = Halves.empty(self.n_row(x), x.width, self.device)
         return self._halves[x]
 
+    def eights(self, halves: Halves, n: int) -> int:
+        """Return how n rows are stored as f16, see half_at in rows/quantize.py."""
+        return len(halves.xh) // 8 if n <= self.tuning.small else 0
+
     def angles(self, rotation: Rotation, outputs: bool) -> Array:
         """Return memory for the cosines and sines of a rotation, f32[rows, n_rot / 2, 2]. outputs: as in Buffer."""
         if (rotation, outputs) not in self._angles:

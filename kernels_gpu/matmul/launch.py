@@ -118,9 +118,10 @@ class PartProduct:
         part, split = self.part, Split.of(self.part, n, self.memory.tuning)
         matmul_mma[split.grid](
             part.w, halves, *self.out, self.bias, *self.residual, self.n_out, part.n_unit, split.n_block,
-            self.memory.scratch["raw"], self.memory.scratch["counts"], PANEL=part.panel, M=split.m, TILES=split.tiles,
-            THREADS=32 * _WARPS, EVEN=part.n_unit * part.panel.unit == 256 * split.n_block, SPLIT=split.grid[2] > 1,
-            ACTIVATION=self.activation, num_warps=_WARPS, **registers(168),
+            self.memory.scratch["raw"], self.memory.scratch["counts"], PANEL=part.panel, M=split.m,
+            EIGHTS=self.memory.eights(halves, n), TILES=split.tiles, THREADS=32 * _WARPS,
+            EVEN=part.n_unit * part.panel.unit == 256 * split.n_block, SPLIT=split.grid[2] > 1,
+            ACTIVATION=self.activation, num_warps=_WARPS, **registers(168 if split.m <= 32 else 255),
         )  # fmt: skip
 
     def _in_memory(self, xh: Array, raw: Array) -> None:

@@ -20,27 +20,34 @@ from gguf_run.kernels_gpu.rows.activation import gate_by
 
 
 @triton.jit
-def _step(sums, rows, x, f: tl.constexpr, i: tl.constexpr, PANEL: tl.constexpr):
-    """Return sums + the products of the weights 4 i to 4 i + 3 of field f of all threads. x: two words for 8 tokens."""
+def _step(sums, rows, x, f: tl.constexpr, i: tl.constexpr, M: tl.constexpr, PANEL: tl.constexpr):
+    """Return sums + the products of the weights 4 i to 4 i + 7 of field f of all threads.
+
+    rows: two for each tile. x: where the columns of the first 8 tokens are. sums: four for each 8 tokens and each tile.
+    """
+    TILES: tl.constexpr = len(rows) // 2
+    a = ()
+    for k in tl.static_range(2 * TILES):
+        a0, a2 = field_halves(rows[k // 2 * 2][f], i + k % 2, PANEL)
+        a1, a3 = field_halves(rows[k // 2 * 2 + 1][f], i + k % 2, PANEL)
+        a = a + ((a0, a1, a2, a3),)
     total = ()
-    for r in tl.static_range(0, len(rows), 2):
-        a0, a2 = field_halves(rows[r][f], i, PANEL)
-        a1, a3 = field_halves(rows[r + 1][f], i, PANEL)
-        for t in tl.static_range(len(x)):
-            b = x[t][i % 2 * 2 : i % 2 * 2 + 2]
-            c = sums[2 * r * len(x) + 4 * t : 2 * r * len(x) + 4 * t + 4]
-            total = total + mma((a0, a1, a2, a3), b, c)
+    for t in tl.static_range(M // 8):
+        b = words4(x + t * 1024)
+        for k in tl.static_range(TILES):
+            c = mma(a[2 * k], b[0:2], sums[4 * (t * TILES + k) : 4 * (t * TILES + k) + 4])
+            total = total + mma(a[2 * k + 1], b[2:4], c)
     return total
 
 
 @triton.jit
 def _sum_blocks(
-    w, rows, x, first, end, n_block, n_unit,
-    PANEL: tl.constexpr, M: tl.constexpr, THREADS: tl.constexpr, EVEN: tl.constexpr,
+    w, rows, x, first, end, n_unit,
+    PANEL: tl.constexpr, M: tl.constexpr, EIGHTS: tl.constexpr, THREADS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums over columns 256 * first to 256 * end of w times x: for each tile, each 8 tokens: four numbers.
+    """Return the sums over columns 256 * first to 256 * end of w times x, as _step does.
 
-    rows: of each thread, two for each tile. x: of the first token. n_block: 256 columns each, of a whole row.
+    rows: of each thread, two for each tile. x: of the first token.
     """
     lane = tl.arange(0, THREADS) % 32
     x = x.to(tl.pointer_type(tl.int32)) + lane * 4
@@ -51,11 +58,8 @@ def _sum_blocks(
             prefetch(w, rows[r], tl.minimum(block + 1, end - 1) * 4 + lane % 4, n_unit, PANEL, EVEN)
             weights = weights + (load_fields(w, rows[r], block * 4 + lane % 4, n_unit, PANEL, EVEN),)
         for piece in tl.static_range(8):  # 8 columns
-            x_piece = ()
-            for t in tl.static_range(M // 8):
-                x_piece = x_piece + (words4(x + (t * n_block + block) * 1024 + piece * 128),)
-            for i in tl.static_range(2):
-                sums = _step(sums, weights, x_piece, piece // 2, piece % 2 * 2 + i, PANEL)
+            x_piece = x + block * (EIGHTS * 1024) + piece * 128
+            sums = _step(sums, weights, x_piece, piece // 2, piece % 2 * 2, M, PANEL)
     return sums
 
 
@@ -86,13 +90,13 @@ def _store(
 @triton.jit
 def matmul_mma(
     w, x, out, out_stride, bias, residual, residual_stride, n_out, n_unit, n_block, parts, counts,
-    PANEL: tl.constexpr, M: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, EVEN: tl.constexpr,
-    SPLIT: tl.constexpr, ACTIVATION: tl.constexpr,
+    PANEL: tl.constexpr, M: tl.constexpr, EIGHTS: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """out[m, o] = sum of w[o] * x[m] (+ bias[o]) (+ residual[m, o]); grid (n / M, n_out / columns, parts of a row).
 
-    x: (xh, xm), fragments. A warp has TILES tiles of 16 rows of w: 16 columns of out, or 8 and their gates.
-    n_block: of 256 columns of w. For the other arguments see matmul_decode.
+    x: (xh, xm), fragments (EIGHTS: see half_at). n_block: of 256 columns of w. A warp has TILES tiles of 16 rows of w:
+    16 columns of out, or 8 and their gates. For the other arguments see matmul_decode.
     SPLIT: whether a row has several parts. Then their sums go to `parts`, and the last program to finish adds them in
     one order; `counts`, all 0 before and after a launch, tells which one that is.
     """
@@ -111,8 +115,7 @@ def matmul_mma(
     n_part, part = tl.num_programs(2), tl.program_id(2)
     first = part * n_block // n_part
     end = (part + 1) * n_block // n_part
-    xh += token * n_block * 256
-    sums = _sum_blocks(w, rows, xh, first, end, n_block, n_unit, PANEL, M, THREADS, EVEN)
+    sums = _sum_blocks(w, rows, xh + token * 256, first, end, n_unit, PANEL, M, EIGHTS, THREADS, EVEN)
     if SPLIT:
         N: tl.constexpr = TILES * M // 2
         place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -130,7 +133,7 @@ def matmul_mma(
     for i in tl.static_range(TILES):
         for t in tl.static_range(M // 8):
             for c in tl.static_range(2):
-                pair = (sums[(i * (M // 8) + t) * 4 + c], sums[(i * (M // 8) + t) * 4 + 2 + c])
+                pair = (sums[(t * TILES + i) * 4 + c], sums[(t * TILES + i) * 4 + 2 + c])
                 m = token + 8 * t + thread % 4 * 2 + c
                 _store(
                     pair, o + i * COLUMNS, m, xm, out, out_stride, bias, residual, residual_stride, n_out, ACTIVATION

@@ -9,11 +9,11 @@ from gguf_run.kernels_gpu.rows.quantize import half_at
 
 
 @triton.jit
-def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.constexpr, FRAGMENTS: tl.constexpr):
+def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.constexpr, EIGHTS: tl.constexpr):
     """Return f32[N, M]: `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M].
 
     UNITS: units of a row at a time. The weights are the left operand of tl.dot: so each warp has rows of its own, and
-    no weight is converted twice. FRAGMENTS: see half_at.
+    no weight is converted twice. EIGHTS: see half_at.
     """
     E: tl.constexpr = field_width(PANEL)
     UNIT: tl.constexpr = PANEL.unit
@@ -25,7 +25,7 @@ def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.c
         for f in tl.static_range(UNIT // E):
             field = tile_field(w, rows, units, n_unit, f, PANEL)
             column = tl.reshape(u[:, None] * UNIT + f * E + tl.arange(0, E)[None, :], (UNITS * E,))
-            at = half_at(0, column, n_in, FRAGMENTS)
+            at = half_at(0, column, n_in, EIGHTS)
             x = tl.load(x_rows[:, None] + at[None, :], mask=column[None, :] < n_in, other=0.0)
             acc = tl.dot(tl.reshape(field, (N, UNITS * E)).to(tl.float16), tl.trans(x), acc)
     return acc

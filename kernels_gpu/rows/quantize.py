@@ -42,37 +42,36 @@ def quantize(x, x_stride, n, made, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def half_at(row, column, n, FRAGMENTS: tl.constexpr):
-    """Return where element (row, column) of rows of n columns is in xh.
+def half_at(row, column, n, EIGHTS: tl.constexpr):
+    """Return where element (row, column) of rows of n columns is in xh: the place of (row, 0) plus that of (0, column).
 
-    FRAGMENTS: as matmul_mma takes them, for each 8 rows and 256 columns: [8 pieces][8 rows][4 runs of columns][8
-    columns of a run]. The place of (row, column) is that of (row, 0) plus that of (0, column).
+    EIGHTS: 0 for the order of rows. For fragments, as matmul_mma takes them: of how many times 8 rows there is memory.
+    They are [blocks of 256 columns][EIGHTS][8 pieces][8 rows][4 runs of 64 columns][8 columns, a piece of a run].
     """
-    width = (n + 255) // 256 * 256
-    if FRAGMENTS:
-        run = column // 64 % 4
+    if EIGHTS > 0:
         piece = column // 8 % 8
-        at = column // 256 * 2048 + piece * 256 + run * 8 + column % 8
-        return row // 8 * (8 * width) + row % 8 * 32 + at
+        run = column // 64 % 4
+        at = column // 256 * (2048 * EIGHTS) + piece * 256 + run * 8 + column % 8
+        return row // 8 * 2048 + row % 8 * 32 + at
     else:
-        return row * width + column
+        return row * ((n + 255) // 256 * 256) + column
 
 
 @triton.jit
-def store_halves(x, column, made, row, n, FRAGMENTS: tl.constexpr):
+def store_halves(x, column, made, row, n, EIGHTS: tl.constexpr):
     """Store a whole row x f32[...], 0 beyond n, in made = (xh, xm)."""
     xh, xm = made
     largest = tl.max(tl.abs(x), axis=0)
     inverse = tl.where(largest < 1e-37, 0.0, 1.0 / largest)  # 1 / largest might be inf
-    at = xh + half_at(row, column, n, FRAGMENTS)
+    at = xh + half_at(row, column, n, EIGHTS)
     tl.store(at, (x * inverse).to(tl.float16), mask=column < (n + 255) // 256 * 256)
     tl.store(xm + row, largest)
 
 
 @triton.jit
-def halve(x, x_stride, n, made, FRAGMENTS: tl.constexpr, WIDTH: tl.constexpr):
+def halve(x, x_stride, n, made, EIGHTS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows f32 to f16, made = (xh, xm); grid (rows,), WIDTH >= n, a multiple of 256."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     x_row = tl.load(x + row * x_stride + column, mask=column < n, other=0.0)
-    store_halves(x_row, column, made, row, n, FRAGMENTS)
+    store_halves(x_row, column, made, row, n, EIGHTS)

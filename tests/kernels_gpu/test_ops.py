@@ -209,8 +209,8 @@ def test_activations() -> None:
     assert np.array_equal(xm, np.abs(x).max(1))
     assert np.abs(xh[:, :1120] * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
     assert (xh[:, 1120:] == 0).all()
-    fragments = made[1].view(4, 5, 8, 8, 4, 8)  # of 8 rows, 256 columns: 8 columns of each row and each run of 64
-    assert torch.equal(fragments.permute(0, 3, 1, 4, 2, 5).reshape(32, 1280), made[0])
+    fragments = made[1].view(5, 4, 8, 8, 4, 8)  # of 256 columns, 8 rows: 8 columns of each row and each run of 64
+    assert torch.equal(fragments.permute(1, 3, 0, 4, 2, 5).reshape(32, 1280), made[0])
 
 
 @pytest.mark.parametrize("name", [*PANELS, "IQ2_S"])
