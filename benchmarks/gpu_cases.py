@@ -381,8 +381,8 @@ def tune(bench: Bench, field: str, candidate: Any) -> list[Record]:
         found = [record for name in types for record in matmul(bench, name, (n,), replace(tuning, rows=table))]
     else:  # mma
         n = candidate[0]
-        table = tuple(candidate if row[0] == n else row for row in tuning.mma)
-        found = [record for name in types for record in matmul(bench, name, (n,), replace(tuning, mma=table))]
+        mma = tuple(candidate if row[0] == n else row for row in tuning.mma)
+        found = [record for name in types for record in matmul(bench, name, (n,), replace(tuning, mma=mma))]
     return [{"name": f"{field} {candidate}", "seconds": sum(r["seconds"] for r in found)}]
 
 

@@ -49,3 +49,5 @@ TUNINGS = {
     100: Tuning(programs=256, multiprocessors=148),
 }
 MOST_PROGRAMS = max(tuning.programs for tuning in (DEFAULT, *TUNINGS.values()))
+# Numbers that the programs of matmul_mma store for the last one to add: 64 rows a tile of each of four warps.
+MOST_SUMS = max(64 * m * t * n * tuning.multiprocessors for tuning in TUNINGS.values() for m, t, n in tuning.mma)

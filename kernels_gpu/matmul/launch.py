@@ -7,7 +7,6 @@ import triton
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, Strided
-from gguf_run.kernels_gpu.device.device import registers
 from gguf_run.kernels_gpu.device.tuning import SCRATCH, WIDTH, Tuning
 from gguf_run.kernels_gpu.fuse import BLOCK, FusedMatmul
 from gguf_run.kernels_gpu.matmul.decode import matmul_decode, matmul_float
@@ -121,7 +120,7 @@ class PartProduct:
             self.memory.scratch["raw"], self.memory.scratch["counts"], PANEL=part.panel, M=split.m,
             EIGHTS=self.memory.eights(halves, n), TILES=split.tiles, THREADS=32 * _WARPS,
             EVEN=part.n_unit * part.panel.unit == 256 * split.n_block, SPLIT=split.grid[2] > 1,
-            ACTIVATION=self.activation, num_warps=_WARPS, **registers(168 if split.m <= 32 else 255),
+            ACTIVATION=self.activation, num_warps=_WARPS,
         )  # fmt: skip
 
     def _in_memory(self, xh: Array, raw: Array) -> None:

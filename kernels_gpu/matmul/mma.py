@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.matmul.decode import is_last
-from gguf_run.kernels_gpu.panels.halves import field_halves, load_fields, mma, prefetch
+from gguf_run.kernels_gpu.panels.halves import field_halves, load_run, mma, prefetch_run, run_width
 from gguf_run.kernels_gpu.panels.units import added, words4, zeros
 from gguf_run.kernels_gpu.rows.activation import gate_by
 
@@ -52,14 +52,19 @@ def _sum_blocks(
     lane = tl.arange(0, THREADS) % 32
     x = x.to(tl.pointer_type(tl.int32)) + lane * 4
     sums = zeros(2 * len(rows) * (M // 8), THREADS)
-    for block in range(first, end):
+    N: tl.constexpr = 64 // run_width(PANEL)  # runs of a thread in a block
+    for i in range(first * N, end * N):
+        block, part = i // N, i % N
+        if part == 0 or PANEL.bits == 16:  # a sector of the cache has both runs of other panels
+            ahead = (tl.minimum(block + 1, end - 1) * 4 + lane % 4) * N + part
+            for r in tl.static_range(len(rows)):
+                prefetch_run(w, rows[r], ahead, n_unit, PANEL, EVEN)
         weights = ()
         for r in tl.static_range(len(rows)):
-            prefetch(w, rows[r], tl.minimum(block + 1, end - 1) * 4 + lane % 4, n_unit, PANEL, EVEN)
-            weights = weights + (load_fields(w, rows[r], block * 4 + lane % 4, n_unit, PANEL, EVEN),)
-        for piece in tl.static_range(8):  # 8 columns
-            x_piece = x + block * (EIGHTS * 1024) + piece * 128
-            sums = _step(sums, weights, x_piece, piece // 2, piece % 2 * 2, M, PANEL)
+            weights = weights + (load_run(w, rows[r], (block * 4 + lane % 4) * N + part, n_unit, PANEL, EVEN),)
+        x_run = x + block * (EIGHTS * 1024) + part * 512
+        for piece in tl.static_range(8 // N):  # 8 columns
+            sums = _step(sums, weights, x_run + piece * 128, piece // 2, piece % 2 * 2, M, PANEL)
     return sums
 
 

@@ -104,36 +104,41 @@ def _factor_words(factors, f: tl.constexpr, PANEL: tl.constexpr):
     return half_word(scale, scale), half_word(minimum, minimum)
 
 
-@triton.jit
-def load_fields(w, row, block, n_unit, PANEL: tl.constexpr, EVEN: tl.constexpr):
-    """Return 64 weights of a row, from 64 * block on, in four fields of 16, for field_halves.
+@triton.constexpr_function
+def run_width(panel):
+    """Weights that a thread takes from a row at a time: those of a unit, 32 of a float panel."""
+    return max(panel.unit, 32)
 
-    EVEN: the whole row has a multiple of 256 weights. Else weights beyond it are any others.
+
+@triton.jit
+def load_run(w, row, run, n_unit, PANEL: tl.constexpr, EVEN: tl.constexpr):
+    """Return run number `run` of a row, as fields of 16 weights for field_halves.
+
+    EVEN: the row has a multiple of 256 weights. Else weights beyond it are any others.
     """
-    N: tl.constexpr = 64 // PANEL.unit
     fields = ()
-    for i in tl.static_range(N):
-        u = block * N + i
-        if not EVEN:
-            u = tl.minimum(u, n_unit - 1)
-        if PANEL.bits < 16:
-            words = unit_words(w, row, u, n_unit, PANEL)
-            factors = unit_factors(w, row, u, n_unit, PANEL)
-            for f in tl.static_range(PANEL.unit // 16):
-                fields = fields + (words[f] + _factor_words(factors, f, PANEL),)
-        elif i % 2 == 0:
-            at = w[0].to(tl.pointer_type(tl.int32)) + row * (n_unit * 4)
-            other = u + 1 if EVEN else tl.minimum(u + 1, n_unit - 1)
-            fields = fields + (words4(at + u * 4) + words4(at + other * 4),)
+    if PANEL.bits < 16:
+        u = run if EVEN else tl.minimum(run, n_unit - 1)
+        words = unit_words(w, row, u, n_unit, PANEL)
+        factors = unit_factors(w, row, u, n_unit, PANEL)
+        for f in tl.static_range(PANEL.unit // 16):
+            fields = fields + (words[f] + _factor_words(factors, f, PANEL),)
+    else:
+        at = w[0].to(tl.pointer_type(tl.int32)) + row * (n_unit * 4)
+        for f in tl.static_range(2):
+            words = ()
+            for i in tl.static_range(2):
+                u = run * 4 + 2 * f + i
+                words = words + words4(at + (u if EVEN else tl.minimum(u, n_unit - 1)) * 4)
+            fields = fields + (words,)
     return fields
 
 
 @triton.jit
-def prefetch(w, row, block, n_unit, PANEL: tl.constexpr, EVEN: tl.constexpr):
-    """Bring 64 weights of a row, from 64 * block on, into the second level's cache, without the few bytes of d."""
+def prefetch_run(w, row, run, n_unit, PANEL: tl.constexpr, EVEN: tl.constexpr):
+    """Bring the 32 bytes in which a run begins into the second level's cache; of planes but d, which is small."""
     qs, high, scale, _d = w
-    N: tl.constexpr = 64 // PANEL.unit
-    u = block * N
+    u = run * (run_width(PANEL) // PANEL.unit)
     if not EVEN:
         u = tl.minimum(u, n_unit - 1)
     at = row * n_unit + u
@@ -141,8 +146,9 @@ def prefetch(w, row, block, n_unit, PANEL: tl.constexpr, EVEN: tl.constexpr):
         _prefetch(qs + (row * n_unit + at) * 16)
         _prefetch(qs + (row * n_unit + at + n_unit) * 16)
     else:
-        for i in tl.static_range(4 if PANEL.bits == 16 else 1):
-            _prefetch(qs + at * 16 + i * 32)
+        _prefetch(qs + at * 16)
+    if PANEL.bits == 16:
+        _prefetch(qs + at * 16 + 32)
     if PANEL.high > 0:
         _prefetch(high + at * PANEL.high_bytes)
     if scale is not None:

@@ -85,7 +85,7 @@ def test_decode_kernels(compiled: Any) -> None:
 
 # Instructions per weight of matmul_mma's loop, by type and tokens of a program: those of now and 10 %. On an H200,
 # 4.4 would let Q4_K stream at its bandwidth; tensor cores need longer than the memory from about 40 tokens on.
-MMA_BUDGET = {"Q4_K 16": 3.26, "Q4_K 64": 4.84, "Q6_K 16": 3.75, "Q8_0 16 silu": 2.4}
+MMA_BUDGET = {"Q4_K 16": 3.54, "Q4_K 64": 5.08, "Q6_K 16": 4.21, "Q8_0 16 silu": 3.3}
 
 
 def test_tensor_core_products(compiled: Any) -> None:
@@ -96,9 +96,9 @@ def test_tensor_core_products(compiled: Any) -> None:
         m = int(case.split()[1])
         tiles = DEFAULT.mma_tiles(m)[0]
         assert cases[case]["in_loop"] == [], case
-        assert cases[case]["vector_loads"] >= 8 * (m // 8) + 4 * tiles, case
-        assert cases[case]["mma_in_loop"] == 16 * tiles * (m // 8), case
-        assert cases[case]["loop"] / (128 * tiles) <= budget, case
+        assert cases[case]["vector_loads"] >= 4 * (m // 8) + 2 * tiles, case
+        assert cases[case]["mma_in_loop"] == 8 * tiles * (m // 8), case
+        assert cases[case]["loop"] / (64 * tiles) <= budget, case
 
 
 @pytest.mark.parametrize("target", TARGETS)
