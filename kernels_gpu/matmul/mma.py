@@ -69,10 +69,7 @@ def _sum_blocks(
 
 
 @triton.jit
-def _store(
-    sums, o, m, xm, out, out_stride, bias, residual, residual_stride, n_out,
-    ACTIVATION: tl.constexpr,
-):  # fmt: skip
+def _store(sums, o, m, xm, out, out_stride, bias, residual, residual_stride, n_out, ACTIVATION: tl.constexpr):
     """Store what the sums of token m and rows o and o + 8, or of the gate and the `up` of o, add up to."""
     factor = tl.load(xm + m)
     values = (sums[0] * factor, sums[1] * factor)

@@ -22,6 +22,7 @@ from gguf_run.kernels_gpu.fuse import Convert
 from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
+from gguf_run.kernels_gpu.panels.halves import half_word, mma, scaled_bytes
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
@@ -178,6 +179,47 @@ def test_fallbacks_of_dot_products() -> None:
     codes = _view(a, np.uint8)
     assert np.array_equal(_view(out[3].numpy(), np.int8), book[codes & 15])
     assert np.array_equal(_view(out[4].numpy(), np.int8), book[codes >> 4])
+
+
+def test_tensor_core_products() -> None:
+    """mma, as PTX spreads its operands over threads, and f16 of bytes, for two warps. Without a GPU: plain Triton."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(a, b, c, words, factors, sums, made):  # type: ignore[no-untyped-def]
+        i = tl.arange(0, 64)
+        a_words = (tl.load(a + i), tl.load(a + 64 + i), tl.load(a + 128 + i), tl.load(a + 192 + i))
+        before = (tl.load(c + i), tl.load(c + 64 + i), tl.load(c + 128 + i), tl.load(c + 192 + i))
+        total = mma(a_words, (tl.load(b + i), tl.load(b + 64 + i)), before)
+        for k in tl.static_range(4):
+            tl.store(sums + k * 64 + i, total[k])
+        scale, minimum = tl.load(factors + i), tl.load(factors + 64 + i)
+        low, high = scaled_bytes(tl.load(words + i), half_word(scale, scale), half_word(minimum, minimum), 8)
+        tl.store(made + 2 * i, low)
+        tl.store(made + 2 * i + 1, high)
+
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((4, 64, 2)).astype(np.float16), rng.standard_normal((2, 64, 2)).astype(np.float16)
+    c, factors = rng.standard_normal((4, 64)).astype(np.float32), rng.standard_normal((2, 64)).astype(np.float16)
+    words = rng.integers(-(2**31), 2**31, 64, np.int32)
+    sums, made = torch.zeros(4, 64, device=DEVICE), torch.zeros(128, dtype=torch.int32, device=DEVICE)
+    arrays = a.view(np.int32), b.view(np.int32), c, words, factors.astype(np.float32)
+    kernel[(1,)](*(torch.from_numpy(array).to(DEVICE) for array in arrays), sums, made, num_warps=2)
+    thread = np.arange(64)
+    warp, g, q = thread // 32, thread % 32 // 4, thread % 4
+    left, right, total = np.zeros((2, 16, 16)), np.zeros((2, 16, 8)), np.zeros((2, 16, 8))
+    for k, half in np.ndindex(4, 2):
+        left[warp, g + k % 2 * 8, 2 * q + half + k // 2 * 8] = a[k, :, half]
+        total[warp, g + k // 2 * 8, 2 * q + k % 2] = c[k]
+        if k < 2:
+            right[warp, 2 * q + half + k * 8, g] = b[k, :, half]
+    total += left @ right
+    expected = np.stack([total[warp, g + k // 2 * 8, 2 * q + k % 2] for k in range(4)])
+    assert np.abs(sums.cpu().numpy() - expected).max() < EXACT
+    exact = (_view(words, np.uint8) - 8.0) * factors[0][:, None] + factors[1][:, None]
+    assert np.array_equal(made.cpu().numpy().view(np.float16).reshape(64, 4), exact.astype(np.float16))
 
 
 def _view(words: np.ndarray, dtype: Any) -> np.ndarray:
