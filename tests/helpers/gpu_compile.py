@@ -118,8 +118,10 @@ def inspect(kernel: Any) -> dict[str, Any]:
 def is_in_order(ttgir: str) -> bool:
     """Return whether element i is in thread i, wherever assembler takes or returns tensors."""
     simple = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1\], threadsPerWarp = \[32\], warpsPerCTA = \[\d+\], order"
-    used = re.findall(r"elementwise_inline_asm .*-> tensor<128x\w+, (#\w+)>", ttgir)
-    return set(used) == set(re.findall(simple, ttgir, re.M)) and len(used) > 99 and "convert_layout" not in ttgir
+    used = re.findall(r"elementwise_inline_asm .*-> tensor<(.*?)>", ttgir)
+    sizes, layouts = ({kind.split(", ")[i] for kind in used} for i in (0, 1))
+    is_one_each = sizes == {"128xi32", "128xf32"} and layouts == set(re.findall(simple, ttgir, re.M))
+    return is_one_each and "convert_layout" not in ttgir
 
 
 def weight(name: str, n_in: int, n_out: int) -> GpuWeight:
