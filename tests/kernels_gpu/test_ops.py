@@ -294,8 +294,11 @@ def test_rms_norm(n_group: int, residual: bool, is_grouped: bool) -> None:
 
 
 @pytest.mark.parametrize("type_name", ["Q8_0", "F16"])
-def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
-    """The norm writes int8 or halves itself, for two matrices, and once more after its output has changed."""
+def test_what_rms_norm_makes_is_multiplied(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm writes int8 or halves itself, for two matrices, and once more after its output has changed.
+
+    Halves in the order of rows, and then as fragments, in the same memory."""
+    use_tuning(monkeypatch, small=12)
     rng = np.random.default_rng(6)
     x, weight = rng.standard_normal((20, 64)).astype(np.float32), rng.standard_normal(64)
     tensors = [random_tensor(type_name, 4, 64, i) for i in range(2)]
@@ -310,7 +313,7 @@ def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
     w = weights_of(tensors)[4:]
     normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 0.01) * weight.astype(np.float32)
     changed = ACTIVATIONS["silu"](normed) * normed
-    for n in (1, 20):
+    for n in (1, 20, 12):
         few = n == 1 and type_name == "Q8_0"
         expected = sum((as_quantized(v) if few else v)[:n] @ w.T for v in (normed, changed))
         assert error(step.run(n), expected) < HALF
