@@ -237,7 +237,8 @@ def best_tuning(records: Sequence[Record]) -> str:
         return min(found, key=found.__getitem__, default="?")
 
     rows = ", ".join(f"({n}, {best(f'rows {n} ')})" for n in (1, 2, 4, 8))
-    return f"Tuning(tile={best('tile ')}, rows=({rows}), programs={best('programs ')})"
+    mma = ", ".join(best(f"mma {m} ") for m in (16, 32, 64))
+    return f"Tuning(mma=({mma}), rows=({rows}), programs={best('programs ')})"
 
 
 @click.command()

@@ -55,10 +55,8 @@ class Sizes:
     shapes: Mapping[str, Shape]
 
 
-FULL = Sizes(
-    4096, 14336, (1, 2, 4, 8, 16, 32, 512, 2048), 400 << 20, 4 << 30, 8192, 32768, (512, 2048), (8, 16, 32, 64, 128),
-    64, SHAPES,
-)  # fmt: skip
+_TOKENS = 1, 2, 4, 8, 16, 32, 64, 128, 512, 2048
+FULL = Sizes(4096, 14336, _TOKENS, 400 << 20, 4 << 30, 8192, 32768, (512, 2048), (8, 16, 32, 64, 128), 64, SHAPES)
 _TINY = Shape("tiny", 1, 32, 1, 1, 32, 32, 8, 256, 1e4, False)
 _TINIES = {name: replace(_TINY, n_expert=s.n_expert and 2, n_expert_used=1) for name, s in SHAPES.items()}
 TINY = Sizes(256, 40, (1, 9, 33), 1, 4096, 32, 40, (9,), (9,), 1, _TINIES)
@@ -201,7 +199,7 @@ def matmul(
         if not off < bound or not result[:n, : n_out // 2 if gated else n_out].isfinite().all():
             raise AssertionError(f"{n} tokens: off by {off:.2e}, at most {bound:.0e} is allowed")
         record = {"name": f"{n} tokens" + ", gated" * gated, "seconds": seconds, "tokens": n, "off": off}
-        work = {"bytes": first.nbytes} if n <= 32 else {"flops": 2 * n * n_in * n_out}
+        work = {"bytes": first.nbytes} if n <= 64 else {"flops": 2 * n * n_in * n_out}
         found.append(record | work)
     return found
 
@@ -435,8 +433,10 @@ def tune(bench: Bench, field: str, candidate: Any) -> list[Record]:
         n, rows = candidate
         table = tuple((m, rows if m == n else r) for m, r in tuning.rows)
         found = [record for name in types for record in matmul(bench, name, (n,), replace(tuning, rows=table))]
-    else:  # tile, at 32 tokens
-        found = [r for name in types for r in matmul(bench, name, (32,), replace(tuning, small=32, tile=candidate))]
+    else:  # mma
+        n = candidate[0]
+        mma = tuple(candidate if row[0] == n else row for row in tuning.mma)
+        found = [record for name in types for record in matmul(bench, name, (n,), replace(tuning, mma=mma))]
     return [{"name": f"{field} {candidate}", "seconds": sum(r["seconds"] for r in found)}]
 
 
@@ -479,8 +479,8 @@ CASES: dict[str, dict[str, Callable[..., Any]]] = {
     "tune": {
         **{f"rows {n} {rows}": functools.partial(tune, field="rows", candidate=(n, rows)) for n in (1, 2, 4, 8)
            for rows in (1, 2, 4, 8)},
-        **{f"tile {tile}": functools.partial(tune, field="tile", candidate=tile)
-           for tile in ((32, 4), (64, 2), (64, 4), (64, 8), (128, 4))},
+        **{f"mma {n} {(n, tiles, programs)}": functools.partial(tune, field="mma", candidate=(n, tiles, programs))
+           for n, tiles in ((16, 1), (16, 2), (32, 1), (32, 2), (64, 1)) for programs in (2, 3, 4)},
         **{f"programs {n}": functools.partial(tune, field="programs", candidate=n) for n in (132, 264, 528, 1056)},
     },
 }  # fmt: skip

@@ -14,7 +14,7 @@ from gguf_run.kernels_gpu.attention.cache import GpuCache, new_cache
 from gguf_run.kernels_gpu.buffers import Memory
 from gguf_run.kernels_gpu.device.device import capability, current, measure_limits
 from gguf_run.kernels_gpu.device.errors import gpu_errors
-from gguf_run.kernels_gpu.device.tuning import DEFAULT, TUNINGS
+from gguf_run.kernels_gpu.device.tuning import AMD, DEFAULT, TUNINGS
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuSquares, GpuWeight, WeightPart
 from gguf_run.kernels_gpu.panels.repack import Uploader
 from gguf_run.kernels_gpu.program import GpuProgram
@@ -33,7 +33,7 @@ class GpuBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.tuning = TUNINGS.get(capability(device), DEFAULT)
+        self.tuning = AMD if torch.version.hip else TUNINGS.get(capability(device), DEFAULT)
         self._uploader = Uploader(device)
         self._uploaded: dict[int, tuple[Tensor, WeightPart]] = {}
         self._bytes = {"weights": 0, "cache": 0}

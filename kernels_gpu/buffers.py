@@ -155,12 +155,13 @@ class Int8(NamedTuple):
 class Halves(NamedTuple):
     """Rows as f16 (rows/quantize.py). Kernels take it as a tuple."""
 
-    xh: Array  # f16[rows, n]
+    xh: Array  # f16[rows, n filled up to a multiple of 256]
     xm: Array  # f32[rows]: factors of the rows
 
     @classmethod
     def empty(cls, n_row: int, n: int, device: torch.device) -> "Halves":
-        return cls(torch.zeros(n_row, n, dtype=torch.float16, device=device), torch.zeros(n_row, device=device))
+        width = -(-n // 256) * 256
+        return cls(torch.zeros(n_row, width, dtype=torch.float16, device=device), torch.zeros(n_row, device=device))
 
 
 class PairMemory:
@@ -231,6 +232,10 @@ class Memory:
         if x not in self._halves:
             self._halves[x] = Halves.empty(self.n_row(x), x.width, self.device)
         return self._halves[x]
+
+    def eights(self, halves: Halves, n: int) -> int:
+        """Return how n rows are stored as f16, see half_at in rows/quantize.py."""
+        return len(halves.xh) // 8 if n <= self.tuning.small else 0
 
     def angles(self, rotation: Rotation, outputs: bool) -> Array:
         """Return memory for the cosines and sines of a rotation, f32[rows, n_rot / 2, 2]. outputs: as in Buffer."""

@@ -55,16 +55,17 @@ def _norm(fused: FusedNorm, memory: Memory) -> Launch:
     x, out, residual = (memory.strided(buffer) for buffer in (op.x, op.out, op.residual))
     int8 = memory.int8(op.out) if "int8" in fused.forms else None
     halves = memory.halves(op.out) if "halves" in fused.forms else None
-    width = max(32, triton.next_power_of_2(n))
+    width = max(32 if halves is None else 256, triton.next_power_of_2(n))
     return lambda n_row: norms.norm[(n_row, op.n_group)](
-        *x, op.weight, None, n, op.eps, *out, *residual, int8, halves, False, op.is_grouped, width
-    )
+        *x, op.weight, None, n, op.eps, *out, *residual, int8, halves, False, op.is_grouped,
+        memory.eights(halves, n_row) if halves else 0, width,
+    )  # fmt: skip
 
 
 def _layer_norm(op: LayerNorm[Array], memory: Memory) -> Launch:
     x, out, n = memory.strided(op.x), memory.strided(op.out), op.x.width // op.n_group
     return lambda n_row: norms.norm[(n_row, op.n_group)](
-        *x, op.weight, op.bias, n, op.eps, *out, None, 0, None, None, True, True, triton.next_power_of_2(n)
+        *x, op.weight, op.bias, n, op.eps, *out, None, 0, None, None, True, True, 0, triton.next_power_of_2(n)
     )
 
 
@@ -73,8 +74,8 @@ def _convert(op: Convert, memory: Memory) -> Launch:
     if op.form == "int8":
         int8 = memory.int8(op.x)
         return lambda n: quantize.quantize[(n, -(-width // WIDTH))](*x, width, int8, WIDTH)
-    halves = memory.halves(op.x)
-    return lambda n: quantize.halve[(n,)](*x, width, halves, triton.next_power_of_2(width))
+    halves, wide = memory.halves(op.x), max(256, triton.next_power_of_2(width))
+    return lambda n: quantize.halve[(n,)](*x, width, halves, memory.eights(halves, n), wide)
 
 
 def _angles(op: Angles, memory: Memory) -> Launch:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from gguf_run.formats.gguf.tensors import TensorInfo
 from gguf_run.kernels_gpu.attention.cache_types import CACHE_FORMATS
-from gguf_run.kernels_gpu.device.tuning import MOST_PROGRAMS, SCRATCH, padded
+from gguf_run.kernels_gpu.device.tuning import MOST_PROGRAMS, MOST_SUMS, SCRATCH, padded
 from gguf_run.models.backend import CacheType
 from gguf_run.models.config import ModelConfig
 from gguf_run.models.operands import AttentionShape
@@ -35,6 +35,7 @@ def program_bytes(
     # For each row: buffers, their int8 or f16 forms (not larger than `inner`), angles of two rotations. Of the result
     # also masks and the greatest values: together less than a fifth of it.
     rows = (n_batch + n_outputs) * (row_width + inner + 2 * config.n_rot + pairs) + n_outputs * config.n_vocab * 6 // 5
-    raw = max(n_batch * inner, n_outputs * config.n_vocab)
+    sums = MOST_SUMS if any(tensor.ne[0] > 768 for tensor in matrices) else 0  # shorter rows are not cut into parts
+    raw = max(n_batch * inner, n_outputs * config.n_vocab, sums)
     weights = min(SCRATCH, max(tensor.ne[0] * tensor.ne[1] for tensor in matrices))
     return 4 * (rows + raw + attention) + 2 * weights

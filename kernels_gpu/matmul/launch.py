@@ -7,16 +7,18 @@ import triton
 from torch import Tensor as Array
 
 from gguf_run.kernels_gpu.buffers import Halves, Int8, Launch, Memory, Strided
-from gguf_run.kernels_gpu.device.tuning import SCRATCH, WIDTH
+from gguf_run.kernels_gpu.device.tuning import SCRATCH, WIDTH, Tuning
 from gguf_run.kernels_gpu.fuse import BLOCK, FusedMatmul
 from gguf_run.kernels_gpu.matmul.decode import matmul_decode, matmul_float
-from gguf_run.kernels_gpu.matmul.tiles import finish, matmul_tile
+from gguf_run.kernels_gpu.matmul.mma import matmul_mma
+from gguf_run.kernels_gpu.matmul.tiles import finish
 from gguf_run.kernels_gpu.panels.fields import dequantize
 from gguf_run.kernels_gpu.panels.memory import WeightPart
 from gguf_run.models.operands import Buffer
 from gguf_run.models.ops import Matmul, MatmulGated
 
 _Norm = tuple[Array, Array | None, int, float, Array | None, int]  # see matmul_decode
+_WARPS = 4  # of a program of matmul_mma
 
 
 def units_at_once(n_unit: int) -> int:
@@ -27,6 +29,32 @@ def units_at_once(n_unit: int) -> int:
 def result_width(n_out: int) -> int:
     """Return the columns of memory for a result of n_out columns: rows are aligned."""
     return -(-n_out // 16) * 16
+
+
+@dataclass(frozen=True)
+class Split:
+    """How matmul_mma divides a product among programs."""
+
+    m: int  # tokens of a program
+    tiles: int  # of 16 rows of the matrix, of a warp
+    grid: tuple[int, int, int]  # programs for all tokens, for all rows, for the parts of a row
+    n_block: int  # of 256 columns of the matrix
+
+    @classmethod
+    def of(cls, part: WeightPart, n: int, tuning: Tuning) -> "Split":
+        """Divide a product of n tokens."""
+        n_token, n_block = -(-n // 64), -(-part.n_in // 256)
+        m = -(-n // (8 * n_token)) * 8
+        tiles, n_program = tuning.mma_tiles(m)
+        n_row = -(-part.n_out // (16 * tiles * _WARPS))
+        n_part = max(1, min(n_block // 2, n_program // (n_row * n_token)))
+        return cls(m, tiles, (n_token, n_row, n_part), n_block)
+
+    @property
+    def n_sums(self) -> int:
+        """The numbers that programs store for the last one of a tile to add."""
+        n_token, n_row, n_part = self.grid
+        return n_token * n_row * n_part * (16 * self.tiles * _WARPS) * self.m if n_part > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -71,24 +99,28 @@ class PartProduct:
     def many(self, n: int) -> None:
         """Multiply n tokens, more than FEW."""
         width, part = result_width(self.part.n_out), self.part
+        if self.halves is not None and n <= self.memory.tuning.small:
+            self._in_registers(n, self.halves)
+            return
         raw = self.memory.scratch["raw"][: n * width].view(n, width)[:, : part.n_out]
         if self.halves is None:
             torch.mm(self.x[:n], part.qs.view(torch.float32)[:, : part.n_in].T, out=raw)
-        elif n <= self.memory.tuning.small:
-            self._tiles(n, self.halves, raw)
         else:
-            self._in_memory(self.halves.xh[:n], raw)
+            self._in_memory(self.halves.xh[:n, : part.n_in], raw)
         factor = None if self.halves is None else self.halves.xm
         finish[(n, -(-self.n_out // WIDTH))](
             raw, raw.stride(0), factor, *self.out, self.bias, *self.residual, self.n_out, self.activation, WIDTH
         )
 
-    def _tiles(self, n: int, halves: Halves, raw: Array) -> None:
+    def _in_registers(self, n: int, halves: Halves) -> None:
         """Weights become f16 in registers."""
-        part, (n_row, units) = self.part, self.memory.tuning.tile
-        matmul_tile[(-(-part.n_out // n_row),)](
-            part.w, halves.xh, raw, part.n_out, part.n_in, part.n_unit, raw.stride(0), PANEL=part.panel,
-            M=max(16, triton.next_power_of_2(n)), N=n_row, UNITS=units, num_warps=4,
+        part, split = self.part, Split.of(self.part, n, self.memory.tuning)
+        matmul_mma[split.grid](
+            part.w, halves, *self.out, self.bias, *self.residual, self.n_out, part.n_unit, split.n_block,
+            self.memory.scratch["raw"], self.memory.scratch["counts"], PANEL=part.panel, M=split.m,
+            EIGHTS=self.memory.eights(halves, n), TILES=split.tiles, THREADS=32 * _WARPS,
+            EVEN=part.n_unit * part.panel.unit == 256 * split.n_block, SPLIT=split.grid[2] > 1,
+            ACTIVATION=self.activation, num_warps=_WARPS,
         )  # fmt: skip
 
     def _in_memory(self, xh: Array, raw: Array) -> None:
@@ -130,7 +162,11 @@ def _part_products(product: FusedMatmul, memory: Memory) -> list[PartProduct]:
         first += part.n_out
         memory.want(counts=-(-part.n_out // BLOCK))
         if not few:
-            memory.want(raw=memory.n_row(op.x) * result_width(part.n_out), weights=min(SCRATCH, part.n_out * part.n_in))
+            n_row = memory.n_row(op.x)
+            memory.want(raw=n_row * result_width(part.n_out), weights=min(SCRATCH, part.n_out * part.n_in))
+            for n in range(8, min(n_row, memory.tuning.small) + 1, 8):
+                split = Split.of(part, n, memory.tuning)
+                memory.want(raw=split.n_sums, counts=split.grid[0] * split.grid[1])
     return parts
 
 

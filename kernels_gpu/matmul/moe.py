@@ -12,7 +12,7 @@ from gguf_run.kernels_gpu.matmul.decode import dot_units, store_blocks, store_su
 from gguf_run.kernels_gpu.matmul.tiles import tile_product
 from gguf_run.kernels_gpu.panels.units import added, unit_factors, unit_words, zeros
 from gguf_run.kernels_gpu.rows.activation import activate, gate_by, place
-from gguf_run.kernels_gpu.rows.quantize import store_halves
+from gguf_run.kernels_gpu.rows.quantize import half_at, store_halves
 
 
 @triton.jit
@@ -93,9 +93,9 @@ def expert_down(
 def expert_tile(
     w, xh, counts, order, raw, raw_stride, n_expert, n_out, n_in, n_unit,
     PANEL: tl.constexpr, PER_ROW: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    UNITS: tl.constexpr,
+    UNITS: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] for many tokens, of pair p's expert e.
+    """raw f32[p, o] = w[e, o] * xh[p / PER_ROW] for many tokens, of pair p's expert e. EIGHTS: see half_at.
 
     Grid (n_out / N, the most tiles of M pairs of one expert that there can be). EXPERTS >= n_expert.
     """
@@ -113,8 +113,8 @@ def expert_tile(
     p = tl.load(order + first + m, mask=live, other=0).to(tl.int64)
     o = tl.program_id(0) * N + tl.arange(0, N)
     rows = e.to(tl.int64) * n_out + tl.minimum(o, n_out - 1)
-    x_rows = xh + p // PER_ROW * n_in
-    acc = tile_product(w, rows, x_rows, n_in, n_unit, PANEL, UNITS)
+    x_rows = xh + half_at(p // PER_ROW, 0, n_in, EIGHTS)
+    acc = tile_product(w, rows, x_rows, n_in, n_unit, PANEL, UNITS, EIGHTS)
     tl.store(raw + p[None, :] * raw_stride + o[:, None], acc, mask=live[None, :] & (o[:, None] < n_out))
 
 
@@ -150,7 +150,7 @@ def gate_pairs(
         value = activate(value, ACTIVATION)
     if out is not None:
         tl.store(out + p * n_ff + column, value, mask=mask)
-    store_halves(value, column, halves, p, n_ff)
+    store_halves(value, column, halves, p, n_ff, 0)
 
 
 @triton.jit

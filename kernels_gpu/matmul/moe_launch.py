@@ -82,14 +82,14 @@ class _Mixture:
         n_pairs, n_ff, n_embd = n * n_used, self.n_ff, self.op.out.width
         weights_in, weights = self.weights
         moe_route.group[(experts.n_expert,)](pairs.chosen, n_pairs, pairs.counts, pairs.order, WIDTH)
-        self._tiles(n_pairs, experts.gate_up, x.xh, n_used)
+        self._tiles(n_pairs, experts.gate_up, x.xh, n_used, self.memory.eights(x, n))
         made = torch.empty(n_pairs, n_ff, device=pairs.raw.device) if self.op.squares else None
         wide = triton.next_power_of_2(n_ff)
         moe.gate_pairs[(n_pairs,)](
             pairs.raw, pairs.raw.stride(0), x.xm, pairs.chosen, weights_in, experts.bias_gate_up, n_ff, made,
             pairs.halves, n_used, self.n_part, self.op.mixture.activation, wide, num_warps=8 if wide > 4096 else 4,
         )  # fmt: skip
-        self._tiles(n_pairs, experts.down, pairs.halves.xh, 1)
+        self._tiles(n_pairs, experts.down, pairs.halves.xh, 1, 0)
         moe.add_pairs[(n, -(-n_embd // WIDTH))](
             pairs.raw, pairs.raw.stride(0), pairs.halves.xm, pairs.chosen, weights, experts.bias_down, *self.out,
             n_embd, n_used, WIDTH,
@@ -98,7 +98,7 @@ class _Mixture:
             self._observe(self.memory.rows(self.op.x), n_used, self.op.squares[0])
             self._observe(made, 1, self.op.squares[1])
 
-    def _tiles(self, n_pairs: int, part: WeightPart, xh: Array, per_row: int) -> None:
+    def _tiles(self, n_pairs: int, part: WeightPart, xh: Array, per_row: int, eights: int) -> None:
         """raw = each pair's row of xh times its expert's rows of part. per_row: pairs that share a row of xh."""
         n_expert, pairs = self.op.experts.n_expert, self.pairs
         n_out, (n_row, units) = part.n_out // n_expert, self.memory.tuning.tile
@@ -106,7 +106,7 @@ class _Mixture:
         moe.expert_tile[(-(-n_out // n_row), n_pairs // m + min(n_pairs, n_expert))](
             part.w, xh, pairs.counts, pairs.order, pairs.raw, pairs.raw.stride(0), n_expert, n_out, part.n_in,
             part.n_unit, PANEL=part.panel, PER_ROW=per_row, EXPERTS=triton.next_power_of_2(n_expert), M=m, N=n_row,
-            UNITS=units, num_warps=4,
+            UNITS=units, EIGHTS=eights, num_warps=4,
         )  # fmt: skip
 
     def _observe(self, rows: Array, per_row: int, squares: GpuSquares) -> None:

@@ -1,18 +1,19 @@
-"""matmul for many tokens: tiles of weights become f16 for the tensor cores, in registers or in scratch memory."""
+"""Tiles of weights become f16 for tensor cores: products of experts. What ends products of torch."""
 
 import triton
 import triton.language as tl
 
 from gguf_run.kernels_gpu.panels.fields import field_width, tile_field
 from gguf_run.kernels_gpu.rows.activation import gate_by, place
+from gguf_run.kernels_gpu.rows.quantize import half_at
 
 
 @triton.jit
-def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.constexpr):
+def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.constexpr, EIGHTS: tl.constexpr):
     """Return f32[N, M]: `rows` int64[N] of the weights times the f16 rows at pointers x_rows [M].
 
     UNITS: units of a row at a time. The weights are the left operand of tl.dot: so each warp has rows of its own, and
-    no weight is converted twice.
+    no weight is converted twice. EIGHTS: see half_at.
     """
     E: tl.constexpr = field_width(PANEL)
     UNIT: tl.constexpr = PANEL.unit
@@ -24,22 +25,10 @@ def tile_product(w, rows, x_rows, n_in, n_unit, PANEL: tl.constexpr, UNITS: tl.c
         for f in tl.static_range(UNIT // E):
             field = tile_field(w, rows, units, n_unit, f, PANEL)
             column = tl.reshape(u[:, None] * UNIT + f * E + tl.arange(0, E)[None, :], (UNITS * E,))
-            x = tl.load(x_rows[:, None] + column[None, :], mask=column[None, :] < n_in, other=0.0)
+            at = half_at(0, column, n_in, EIGHTS)
+            x = tl.load(x_rows[:, None] + at[None, :], mask=column[None, :] < n_in, other=0.0)
             acc = tl.dot(tl.reshape(field, (N, UNITS * E)).to(tl.float16), tl.trans(x), acc)
     return acc
-
-
-@triton.jit
-def matmul_tile(
-    w, xh, raw, n_out, n_in, n_unit, raw_stride,
-    PANEL: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """raw f32[m, o] = w[o] * xh[m] for M tokens, N rows a program. UNITS: units of a row at a time."""
-    o = tl.program_id(0) * N + tl.arange(0, N)
-    rows = tl.minimum(o, n_out - 1).to(tl.int64)
-    m = tl.arange(0, M)
-    acc = tile_product(w, rows, xh + m * n_in, n_in, n_unit, PANEL, UNITS)
-    tl.store(raw + m[None, :] * raw_stride + o[:, None], acc, mask=o[:, None] < n_out)
 
 
 @triton.jit

@@ -16,12 +16,13 @@ def normed(value, weight, column, n, eps):
 @triton.jit
 def norm(
     x, x_stride, weight, bias, n, eps, out, out_stride, residual, residual_stride, int8, halves,
-    LAYER: tl.constexpr, GROUPED: tl.constexpr, WIDTH: tl.constexpr,
+    LAYER: tl.constexpr, GROUPED: tl.constexpr, EIGHTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out = x / sqrt(mean(x^2) + eps) * weight (+ bias) (+ residual); grid (rows, parts of n columns), WIDTH >= n.
 
     LAYER: x - mean(x) takes the place of x. GROUPED: each part has its own part of weight and bias.
     int8: None, or (xq, xd, xs): gets the result as int8. halves: None, or (xh, xm): as f16. Both for one part only.
+    EIGHTS: see store_halves, which wants WIDTH to be a multiple of 256.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * n
@@ -41,4 +42,4 @@ def norm(
     if int8 is not None:
         store_int8(value, 0, int8, row, n, WIDTH)
     if halves is not None:
-        store_halves(value, column, halves, row, n)
+        store_halves(value, column, halves, row, n, EIGHTS)

@@ -1,7 +1,8 @@
 """Activations as matmul reads them: int8 in blocks of 32 for few tokens, f16 for many.
 
 int8: xq, the factor of each block, xd = max|x| / 127, and xs, the sums of a block's halves as two int16 in an int32.
-f16: xh and a factor for each row, xm = max|x|. The numbers are up to 1: none is too large for an f16.
+f16: xh and a factor for each row, xm = max|x|. The numbers are up to 1: none is too large for an f16. Zeros fill up the
+rows to a multiple of 256 columns. Elements are in the order of rows, or in that of fragments (half_at).
 """
 
 import triton
@@ -41,18 +42,36 @@ def quantize(x, x_stride, n, made, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_halves(x, column, made, row, n):
+def half_at(row, column, n, EIGHTS: tl.constexpr):
+    """Return where element (row, column) of rows of n columns is in xh: the place of (row, 0) plus that of (0, column).
+
+    EIGHTS: 0 for the order of rows. For fragments, as matmul_mma takes them: of how many times 8 rows there is memory.
+    They are [blocks of 256 columns][EIGHTS][8 pieces][8 rows][4 runs of 64 columns][8 columns, a piece of a run].
+    """
+    if EIGHTS > 0:
+        piece = column // 8 % 8
+        run = column // 64 % 4
+        at = column // 256 * (2048 * EIGHTS) + piece * 256 + run * 8 + column % 8
+        return row // 8 * 2048 + row % 8 * 32 + at
+    else:
+        return row * ((n + 255) // 256 * 256) + column
+
+
+@triton.jit
+def store_halves(x, column, made, row, n, EIGHTS: tl.constexpr):
     """Store a whole row x f32[...], 0 beyond n, in made = (xh, xm)."""
     xh, xm = made
     largest = tl.max(tl.abs(x), axis=0)
     inverse = tl.where(largest < 1e-37, 0.0, 1.0 / largest)  # 1 / largest might be inf
-    tl.store(xh + row * n + column, (x * inverse).to(tl.float16), mask=column < n)
+    at = xh + half_at(row, column, n, EIGHTS)
+    tl.store(at, (x * inverse).to(tl.float16), mask=column < (n + 255) // 256 * 256)
     tl.store(xm + row, largest)
 
 
 @triton.jit
-def halve(x, x_stride, n, made, WIDTH: tl.constexpr):
-    """Rows f32 to f16, made = (xh, xm); grid (rows,), WIDTH >= n."""
+def halve(x, x_stride, n, made, EIGHTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows f32 to f16, made = (xh, xm); grid (rows,), WIDTH >= n, a multiple of 256."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    store_halves(tl.load(x + row * x_stride + column, mask=column < n, other=0.0), column, made, row, n)
+    x_row = tl.load(x + row * x_stride + column, mask=column < n, other=0.0)
+    store_halves(x_row, column, made, row, n, EIGHTS)

@@ -83,9 +83,11 @@ def test_figures_and_targets() -> None:
     assert lines[2].endswith("| 100.000 ms | 20480 |  |  |  | **25,000** |")
     assert lines[3].endswith("| 0.050 ms |  |  |  |  | 0.1 ms |")
     assert lines[4].endswith("| **7** |")
-    times = {"rows 1 4": 2.0, "rows 1 8": 1.0, "rows 2 2": 1.0, "rows 4 2": 1.0, "rows 8 1": 1.0, "tile (64, 4)": 1.0}
+    names = ("rows 1 8", "rows 2 2", "rows 4 2", "rows 8 1", "mma 32 (32, 1, 4)")
+    times = dict.fromkeys(names, 1.0) | {"rows 1 4": 2.0}
     tuned = [{"key": ["tune", name], "name": name, "seconds": seconds} for name, seconds in times.items()]
-    assert gpu.best_tuning(tuned) == "Tuning(tile=(64, 4), rows=((1, 8), (2, 2), (4, 2), (8, 1)), programs=?)"
+    rows = "rows=((1, 8), (2, 2), (4, 2), (8, 1))"
+    assert gpu.best_tuning(tuned) == f"Tuning(mma=(?, (32, 1, 4), ?), {rows}, programs=?)"
 
 
 def test_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from gguf_run.kernels_gpu import backend
 from gguf_run.kernels_gpu.backend import GpuBackend
+from gguf_run.kernels_gpu.device.tuning import AMD, DEFAULT
 from gguf_run.kernels_gpu.panels.memory import GpuExperts, GpuWeight, empty
 from gguf_run.kernels_gpu.panels.panels import PANELS, IntPanel
 from gguf_run.models.adapter_scales import AdapterScales
@@ -66,6 +68,7 @@ MEMORY = r"(st\.global|bar\.sync|bar\.warp\.sync|atom[\w.]+|ld\.global\.cg)"
 
 
 def use_target(name: str) -> None:
+    backend.DEFAULT = DEFAULT if name.isdigit() else AMD
     wave = 32 if name.isdigit() or name.startswith("gfx11") else 64
     target = GPUTarget("cuda", int(name), 32) if name.isdigit() else GPUTarget("hip", name, wave)
     driver.set_active(
@@ -109,8 +112,18 @@ def inspect(kernel: Any) -> dict[str, Any]:
         "vector_loads": sum(op.startswith("LDG.E") and ".128" in op for op in ops),
         "dp4a": sum(op.startswith("IDP.4A") for op in ops),
         "loop": len(body),
+        "mma_in_loop": sum(op.startswith("HMMA") for op in body),
         "in_loop": sorted({op.split(".")[0] for op in body} & {"BAR", "LDS", "STS", "STL", "LDL"}),
     }
+
+
+def is_in_order(ttgir: str) -> bool:
+    """Return whether element i is in thread i, wherever assembler takes or returns tensors."""
+    simple = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1\], threadsPerWarp = \[32\], warpsPerCTA = \[\d+\], order"
+    used = re.findall(r"elementwise_inline_asm .*-> tensor<(.*?)>", ttgir)
+    sizes, layouts = ({kind.split(", ")[i] for kind in used} for i in (0, 1))
+    is_one_each = sizes == {"128xi32", "128xf32"} and layouts == set(re.findall(simple, ttgir, re.M))
+    return is_one_each and "convert_layout" not in ttgir
 
 
 def weight(name: str, n_in: int, n_out: int) -> GpuWeight:
@@ -122,7 +135,7 @@ def run(step: Step, n: int, rows: Sequence[int] = (), tops: Sequence[Top] = ()) 
 
 
 def product(name: str, n: int, activation: str | None = None) -> None:
-    step = Step(GpuBackend(CPU), 96)
+    step = Step(GpuBackend(CPU), 129)
     x, w = step.buffer(N_IN), weight(name, N_IN, N_OUT)
     if activation is None:
         step.add(Matmul(x, w, step.buffer(N_OUT)))
@@ -219,11 +232,11 @@ def moe(gate_up: str, down: str, n: int, mixture: Mixture, biases: bool) -> None
 def cases(full: bool) -> dict[str, Callable[[], None]]:
     every = [name for name, panel in PANELS.items() if isinstance(panel, IntPanel)]
     few_cases = [(name, 1) for name in (*every, "F16", "F32", "BF16")] if full else [("Q3_K", 1), ("Q6_K", 1)]
-    many_cases = [("Q6_K", 16)]
+    many_cases: list[tuple[Any, ...]] = [("Q6_K", 16)]
     attentions = ATTENTION if full else ATTENTION[:3]
     if full:
         few_cases += [("Q4_K", 2), ("Q8_0", 4), ("Q4_K", 8), ("Q3_K", 8)]
-        many_cases += [("Q4_K", 32), ("Q6_K", 64), ("Q3_K", 96)]
+        many_cases += [("Q4_K", 16), ("Q4_K", 64), ("Q8_0", 16, "silu"), ("Q3_K", 129)]
     mixtures = {
         1: Mixture(8, True, 1.0, "silu", "sigmoid", 8, 4),
         512: Mixture(8, False, 1.0, "silu", "sparsemixer", weighs_input=True),
@@ -237,7 +250,7 @@ def cases(full: bool) -> dict[str, Callable[[], None]]:
         "recurrent": recurrent,
         **{f"few {name} {n}": functools.partial(product, name, n) for name, n in few_cases},
         **({"few Q4_K 1 gated": functools.partial(product, "Q4_K", 1, "silu")} if full else {}),
-        **{f"many {name} {n}": functools.partial(product, name, n) for name, n in many_cases},
+        **{" ".join(map(str, ("many", *case))): functools.partial(product, *case) for case in many_cases},
         **{"attention {} {} {} {}".format(*case): functools.partial(attention, *case) for case in attentions},
         "both ways": functools.partial(attention, "f16", "f16", 64, 64, False),
         **{f"latent {n}": functools.partial(latent_attention, "f16", n) for n in (1, 64)},
@@ -259,8 +272,9 @@ def main(targets: list[str]) -> None:
             facts: dict[str, Any] = {"kernel": self.__name__, "case": now["case"], "shared": kernel.metadata.shared}
             facts["mma"] = sorted(set(re.findall(MMA, kernel.asm.get("ptx") or kernel.asm["amdgcn"])))
             facts["fused"] = bool(re.search(r"fma\.rn\.f32[^;]*0f4B400000", kernel.asm.get("ptx", "")))
-            if self.__name__ == "matmul_decode" and target.isdigit():
+            if self.__name__ in ("matmul_decode", "matmul_mma") and target.isdigit():
                 facts["memory"] = re.findall(MEMORY, kernel.asm["ptx"])
+                facts["in_order"] = is_in_order(kernel.asm["ttgir"])
             if target == FULL and self.__name__.startswith(("matmul", "attend", "expert")):
                 facts |= inspect(kernel)
             elif target.isdigit():

@@ -19,9 +19,10 @@ from triton.runtime import interpreter  # noqa: E402
 
 from gguf_run.kernels_gpu import backend  # noqa: E402
 from gguf_run.kernels_gpu.backend import GpuBackend  # noqa: E402
-from gguf_run.kernels_gpu.device.tuning import Tuning  # noqa: E402
+from gguf_run.kernels_gpu.device.tuning import DEFAULT, Tuning  # noqa: E402
 from gguf_run.kernels_gpu.matmul import decode as matmul_decode  # noqa: E402
-from gguf_run.kernels_gpu.panels import units  # noqa: E402
+from gguf_run.kernels_gpu.matmul import mma as matmul_mma  # noqa: E402
+from gguf_run.kernels_gpu.panels import halves, units  # noqa: E402
 from gguf_run.kernels_gpu.panels.memory import WeightPart  # noqa: E402
 from gguf_run.kernels_gpu.panels.panels import IntPanel  # noqa: E402
 
@@ -41,8 +42,11 @@ def gpu() -> GpuBackend:
 
 
 def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Give GpuBackend a Tuning. Tests choose large tiles: the interpreter takes no longer for them."""
-    monkeypatch.setattr(backend, "DEFAULT", Tuning(**options))
+    """Give GpuBackend a Tuning. Tests choose large tiles: the interpreter takes no longer for them.
+
+    It takes long for matmul_mma. So more tokens than FEW go through memory, if `small` is not given.
+    """
+    monkeypatch.setattr(backend, "DEFAULT", Tuning(**({"small": 0} if INTERPRETED else {}) | options))
 
 
 def _bytes(word: Any) -> np.ndarray:
@@ -71,11 +75,38 @@ def fma(_builder: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(result.astype(dtype), z.dtype.scalar)
 
 
+def scaled_bytes(word: Any, scale: Any, minimum: Any, OFFSET: Any) -> tuple[Any, Any]:
+    """Do what kernels_gpu.panels.halves.scaled_bytes does."""
+    codes = (_bytes(word) & 255) - int(OFFSET)
+    s, m = (factor.handle.data.view(np.float16)[::2, None].astype(np.float32) for factor in (scale, minimum))
+    values = (codes.astype(np.float32) * s + m).astype(np.float16).view(np.int32)
+    return _tensor(values[:, 0], word), _tensor(values[:, 1], word)
+
+
+def _halves(*words: Any) -> np.ndarray:
+    """f32[warps, 8, 4 * len(words) * 2]: the f16 in words of each thread; 8 rows of 4 threads."""
+    values = np.stack([word.handle.data for word in words], 1).view(np.float16)
+    return values.astype(np.float32).reshape(-1, 8, 8 * len(words))
+
+
+def mma(a: Any, b: Any, c: Any) -> tuple[Any, ...]:
+    """Do what kernels_gpu.panels.halves.mma does."""
+    columns = _halves(*b).swapaxes(1, 2)
+    low, high = ((_halves(*rows) @ columns).reshape(-1, 2) for rows in ((a[0], a[2]), (a[1], a[3])))
+    sums = (low[:, 0], low[:, 1], high[:, 0], high[:, 1])
+    return tuple(
+        tl.tensor(interpreter.TensorHandle(old.handle.data + new, tl.float32), old.type)
+        for old, new in zip(c, sums, strict=True)
+    )
+
+
 @pytest.fixture
 def fast_dots(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         speed_up(monkeypatch.setattr)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+    if gpu().tuning is DEFAULT:  # else the test has chosen already
+        use_tuning(monkeypatch)
 
 
 def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
@@ -86,6 +117,8 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
     """
     replace(matmul_decode, "dp4a", dp4a)
     replace(units, "look_up", look_up)
+    replace(halves, "scaled_bytes", scaled_bytes)
+    replace(matmul_mma, "mma", mma)
     call, seen = interpreter.InterpretedFunction.__call__, set()
 
     def call_function(function: Any, *args: Any, **options: Any) -> Any:

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from adapter_ops import compare
 from cpu_ops import MemoryTensor, Step, as_quantized, error, quantize_twin, random_tensor, weights_of
-from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, pytestmark, use_tuning
+from gpu_ops import DEVICE, INTERPRETED, fast_dots, gpu, only_interpreted, pytestmark, use_tuning
 from numpy_backend import ACTIVATIONS, NumpyBackend, rotate
 from paged import mixed_table
 from stream_ops import streams
+from triton.runtime import interpreter
 
 from gguf_run.formats.errors import UnsupportedError
 from gguf_run.kernels_gpu.buffers import Memory
-from gguf_run.kernels_gpu.device.tuning import DEFAULT, FEW
+from gguf_run.kernels_gpu.device.tuning import FEW, Tuning
 from gguf_run.kernels_gpu.fuse import Convert
 from gguf_run.kernels_gpu.launch import bind
 from gguf_run.kernels_gpu.matmul import launch as matmul
 from gguf_run.kernels_gpu.panels import dots
+from gguf_run.kernels_gpu.panels.halves import half_word, mma, scaled_bytes
 from gguf_run.kernels_gpu.panels.panels import PANELS, FloatPanel, IntPanel
 from gguf_run.models.backend import CacheType, Run, Top
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
@@ -85,8 +87,44 @@ def test_matmul_of_integer_panels(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", FLOAT)
 @pytest.mark.parametrize("n_in", [7, 300])
-def test_matmul_of_float_panels(name: str, n_in: int) -> None:
-    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 17, *MANY))
+def test_matmul_of_float_panels(name: str, n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tuning(monkeypatch, small=16)
+    check_matmul([random_tensor(name, 9, n_in)], (1, 3, 9, 17, *MANY))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_out", "n_in", "tokens"),
+    [("Q4_K", 150, 1280, (16,)), ("Q6_K", 9, 1024, (33, 66)), ("Q4_1", 30, 1120, (64,)), ("Q2_K", 5, 1024, (100,))],
+)
+def test_matmul_in_parts(
+    name: str, n_out: int, n_in: int, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of weights in two parts, which may differ, and in two programs; tokens in one program and in two."""
+    use_tuning(monkeypatch, small=128)
+    check_matmul([random_tensor(name, n_out, n_in)], tokens)
+
+
+@only_interpreted
+def test_parts_are_added_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whichever part's program is the last one. Twice: the counts are 0 again."""
+    use_tuning(monkeypatch, small=128)
+    rng, tensor = np.random.default_rng(1), random_tensor("Q4_K", 9, 1024)
+    step, order = Step(gpu(), 9), list[int]()
+    out = step.buffer(9)
+    step.add(Matmul(step.input(rng.standard_normal((9, 1024))), step.backend.weight([tensor]), out))
+    step.finish(out)
+    results = [step.run(9) for _ in range(2)]
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+
+    def place_last_first(x: int, y: int, z: int) -> None:
+        order.append(builder.grid_dim[2] - 1 - z)
+        place(x, y, order[-1])
+
+    monkeypatch.setattr(builder, "set_grid_idx", place_last_first)
+    results.append(step.run(9))
+    assert 1 in order
+    assert all(np.array_equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q6_K", "Q8_0"])
@@ -103,8 +141,12 @@ def test_matmul_of_stacked_types() -> None:
 @pytest.mark.parametrize(
     ("activation", "types"), [("silu", ("Q4_0", "Q4_0")), ("gelu", ("Q4_0", "Q8_0")), ("gelu", ("Q8_0", "Q8_0"))]
 )
-def test_matmul_gated(activation: str, types: Sequence[str]) -> None:
-    check_matmul([random_tensor(name, 3, 96, i) for i, name in enumerate(types)], (1, 2, 9), activation)
+@pytest.mark.parametrize(("small", "tokens"), [(0, (1, 2, 9)), (128, (9,))])
+def test_matmul_gated(
+    activation: str, types: Sequence[str], small: int, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tuning(monkeypatch, small=small)
+    check_matmul([random_tensor(name, 11 if small else 3, 96, i) for i, name in enumerate(types)], tokens, activation)
 
 
 def test_fallbacks_of_dot_products() -> None:
@@ -140,29 +182,78 @@ def test_fallbacks_of_dot_products() -> None:
     assert np.array_equal(_view(out[4].numpy(), np.int8), book[codes >> 4])
 
 
+def test_tensor_core_products() -> None:
+    """mma, as PTX spreads its operands over threads, and f16 of bytes, for two warps. Without a GPU: plain Triton."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(a, b, c, words, factors, sums, made):  # type: ignore[no-untyped-def]
+        i = tl.arange(0, 64)
+        a_words = (tl.load(a + i), tl.load(a + 64 + i), tl.load(a + 128 + i), tl.load(a + 192 + i))
+        before = (tl.load(c + i), tl.load(c + 64 + i), tl.load(c + 128 + i), tl.load(c + 192 + i))
+        total = mma(a_words, (tl.load(b + i), tl.load(b + 64 + i)), before)
+        for k in tl.static_range(4):
+            tl.store(sums + k * 64 + i, total[k])
+        scale, minimum = tl.load(factors + i), tl.load(factors + 64 + i)
+        low, high = scaled_bytes(tl.load(words + i), half_word(scale, scale), half_word(minimum, minimum), 8)
+        tl.store(made + 2 * i, low)
+        tl.store(made + 2 * i + 1, high)
+
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((4, 64, 2)).astype(np.float16), rng.standard_normal((2, 64, 2)).astype(np.float16)
+    c, factors = rng.standard_normal((4, 64)).astype(np.float32), rng.standard_normal((2, 64)).astype(np.float16)
+    words = rng.integers(-(2**31), 2**31, 64, np.int32)
+    sums, made = torch.zeros(4, 64, device=DEVICE), torch.zeros(128, dtype=torch.int32, device=DEVICE)
+    arrays = a.view(np.int32), b.view(np.int32), c, words, factors.astype(np.float32)
+    kernel[(1,)](*(torch.from_numpy(array).to(DEVICE) for array in arrays), sums, made, num_warps=2)
+    thread = np.arange(64)
+    warp, g, q = thread // 32, thread % 32 // 4, thread % 4
+    left, right, total = np.zeros((2, 16, 16)), np.zeros((2, 16, 8)), np.zeros((2, 16, 8))
+    for k, half in np.ndindex(4, 2):
+        left[warp, g + k % 2 * 8, 2 * q + half + k // 2 * 8] = a[k, :, half]
+        total[warp, g + k // 2 * 8, 2 * q + k % 2] = c[k]
+        if k < 2:
+            right[warp, 2 * q + half + k * 8, g] = b[k, :, half]
+    total += left @ right
+    expected = np.stack([total[warp, g + k // 2 * 8, 2 * q + k % 2] for k in range(4)])
+    assert np.abs(sums.cpu().numpy() - expected).max() < EXACT
+    exact = (_view(words, np.uint8) - 8.0) * factors[0][:, None] + factors[1][:, None]
+    assert np.array_equal(made.cpu().numpy().view(np.float16).reshape(64, 4), exact.astype(np.float16))
+
+
 def _view(words: np.ndarray, dtype: Any) -> np.ndarray:
     return words[:, None].view(dtype)
 
 
 def test_activations() -> None:
-    """int8 blocks with the CPU's roundings, and their sums; halves with a factor for each row; zeros stay zeros."""
+    """int8 blocks with the CPU's roundings, and their sums; halves with a factor for each row; zeros stay zeros.
+
+    Halves in both orders, with zeros behind the columns."""
     import torch
 
     rng = np.random.default_rng(3)
     x = (rng.standard_normal((3, 1120)) * np.exp(rng.standard_normal((3, 1120)))).astype(np.float32)
     x[1, 64:128], x[2] = 0, 0
-    memory, buffer = Memory(DEVICE, DEFAULT, 3, 1), Buffer.whole("x", 1128).columns(8, 1120)
-    memory.rows(buffer)[:3] = torch.from_numpy(x)
-    for launch in bind([Convert(buffer, "int8"), Convert(buffer, "halves")], memory):
-        launch(3)
-    int8, halves = memory.int8(buffer), memory.halves(buffer)
+    made = []
+    for small in (0, 3):
+        memory, buffer = Memory(DEVICE, Tuning(small=small), 3, 1), Buffer.whole("x", 1128).columns(8, 1120)
+        memory.rows(buffer)[:3] = torch.from_numpy(x)
+        for launch in bind([Convert(buffer, "int8"), Convert(buffer, "halves")], memory):
+            launch(3)
+        int8, halves = memory.int8(buffer), memory.halves(buffer)
+        made.append(halves.xh)
     d, q = quantize_twin(x)
-    xq, xd, xs, xh, xm = (form[:3].cpu().numpy() for form in (*int8, *halves))
+    xq, xd, xs, xh, xm = (form[:3].cpu().numpy() for form in (*int8, made[0], halves.xm))
     assert np.array_equal(xd, d)
     assert np.array_equal(xq.view(np.int8).reshape(q.shape), q)
     assert np.array_equal(xs.view(np.int16).reshape(3, -1), q.reshape(3, -1, 16).sum(2))
     assert np.array_equal(xm, np.abs(x).max(1))
-    assert np.abs(xh * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
+    assert np.abs(xh[:, :1120] * xm[:, None] - x).max() <= np.abs(x).max() * 2.0**-11
+    assert (xh[:, 1120:] == 0).all()
+    fragments = made[1].view(5, 4, 8, 8, 4, 8)  # of 256 columns, 8 rows: 8 columns of each row and each run of 64
+    assert torch.equal(fragments.permute(1, 3, 0, 4, 2, 5).reshape(32, 1280), made[0])
 
 
 @pytest.mark.parametrize("name", [*PANELS, "IQ2_S"])
@@ -204,8 +295,11 @@ def test_rms_norm(n_group: int, residual: bool, is_grouped: bool) -> None:
 
 
 @pytest.mark.parametrize("type_name", ["Q8_0", "F16"])
-def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
-    """The norm writes int8 or halves itself, for two matrices, and once more after its output has changed."""
+def test_what_rms_norm_makes_is_multiplied(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm writes int8 or halves itself, for two matrices, and once more after its output has changed.
+
+    Halves in the order of rows, and then as fragments, in the same memory."""
+    use_tuning(monkeypatch, small=12)
     rng = np.random.default_rng(6)
     x, weight = rng.standard_normal((20, 64)).astype(np.float32), rng.standard_normal(64)
     tensors = [random_tensor(type_name, 4, 64, i) for i in range(2)]
@@ -220,7 +314,7 @@ def test_what_rms_norm_makes_is_multiplied(type_name: str) -> None:
     w = weights_of(tensors)[4:]
     normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 0.01) * weight.astype(np.float32)
     changed = ACTIVATIONS["silu"](normed) * normed
-    for n in (1, 20):
+    for n in (1, 20, 12):
         few = n == 1 and type_name == "Q8_0"
         expected = sum((as_quantized(v) if few else v)[:n] @ w.T for v in (normed, changed))
         assert error(step.run(n), expected) < HALF

@@ -52,9 +52,12 @@ CASES = {
 }
 
 
+TUNING = {"tile": (256, 8), "rows": ((1, 16), (2, 16), (4, 16), (8, 16))}
+
+
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tuning(monkeypatch, tile=(256, 8), rows=((1, 16), (2, 16), (4, 16), (8, 16)))
+    use_tuning(monkeypatch, **TUNING)
 
 
 def check(case: Case, tokens: tuple[int, ...], **options: Any) -> None:
@@ -70,8 +73,9 @@ def check(case: Case, tokens: tuple[int, ...], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_moe(name: str) -> None:
-    """A few tokens, as many as a bucket has or less, and tiles: some full, most not."""
+def test_moe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens, as many as a bucket has or less, and tiles: some full, most not. Up to 9 tokens are fragments."""
+    use_tuning(monkeypatch, small=9, **TUNING)
     check(*CASES[name])
 
 
