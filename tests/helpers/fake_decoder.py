@@ -125,11 +125,11 @@ class FakeDecoder:
         assert len(tops) == len(logits)
         self.asked += [(top.n, top.mask is not None) for top in tops if top]
         few, most = [i for i, top in enumerate(tops) if top], max(top.n for top in tops if top)
-        found = logits[few]
+        found, ids = logits[few], np.arange(logits.shape[1])
         for row, top in zip(found, (tops[i] for i in few), strict=True):
             assert top is not None
             if top.mask is not None:
-                row[(top.mask[np.arange(N_VOCAB) >> 5] >> (np.arange(N_VOCAB) & 31).astype(np.uint32) & 1) == 0] -= 99
+                row[(top.mask[ids >> 5] >> (ids & 31).astype(np.uint32) & 1) == 0] -= 99
         columns = np.argsort(-found, axis=1, kind="stable")[:, :most]
         values = np.take_along_axis(logits[few], columns, 1)
         return Results(logits[[i for i, top in enumerate(tops) if not top]], values, columns)
