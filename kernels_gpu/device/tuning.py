@@ -24,6 +24,7 @@ class Tuning:
     # Of matmul_mma: the most tokens of a program, tiles of a warp, programs for each multiprocessor.
     mma: tuple[tuple[int, int, int], ...] = ((16, 2, 3), (32, 2, 3), (64, 1, 3))
     tile: tuple[int, int] = (64, 4)  # rows and units of a tile of expert_tile
+    dense: tuple[int, int] = (16, 8)  # rows and units of a program that dequantizes to memory
     # Rows of a program of matmul_decode by the number of tokens.
     rows: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 2), (8, 1))
     programs: int = 264  # of attention: about two for each multiprocessor

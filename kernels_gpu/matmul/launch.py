@@ -126,12 +126,12 @@ class PartProduct:
     def _in_memory(self, xh: Array, raw: Array) -> None:
         """Weights become f16 in memory, some rows at a time."""
         part, weights = self.part, self.memory.scratch["weights"]
-        step = max(1, len(weights) // part.n_in)
+        step, (n, units) = max(1, len(weights) // part.n_in), self.memory.tuning.dense
         for first in range(0, part.n_out, step):
             n_row = min(step, part.n_out - first)
             w = weights[: n_row * part.n_in].view(n_row, part.n_in)
-            dequantize[(-(-n_row // 16), -(-part.n_unit // 8))](
-                part.w, None, first, w, part.n_in, n_row, part.n_in, part.n_unit, 1.0, part.panel, N=16, UNITS=8
+            dequantize[(-(-n_row // n), -(-part.n_unit // units))](
+                part.w, None, first, w, part.n_in, n_row, part.n_in, part.n_unit, 1.0, part.panel, N=n, UNITS=units
             )
             multiply(xh, w, raw[:, first : first + n_row])
 

@@ -46,7 +46,8 @@ def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 
     It takes long for matmul_mma. So more tokens than FEW go through memory, if `small` is not given.
     """
-    monkeypatch.setattr(backend, "DEFAULT", Tuning(**({"small": 0} if INTERPRETED else {}) | options))
+    interpreted = {"small": 0, "dense": (1024, 32)} if INTERPRETED else {}
+    monkeypatch.setattr(backend, "DEFAULT", Tuning(**interpreted | options))
 
 
 def _bytes(word: Any) -> np.ndarray:

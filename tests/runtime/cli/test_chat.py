@@ -450,16 +450,16 @@ def test_thoughts_on_a_terminal(path: Path, tmp_path: Path, environment: dict[st
 
 def test_ctrl_c_while_a_prompt_is_read(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The question is as if never asked, the next one is answered as ever."""
-    step, calls = model.decoder.step, []
+    top, calls = model.decoder.top, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGINT)
-        return step(*arguments)
+        return top(*arguments)
 
     expected = answers(model, "Two")
-    monkeypatch.setattr(model.decoder, "step", interrupted)
+    monkeypatch.setattr(model.decoder, "top", interrupted)
     script = iter(["One", "Two"])
     monkeypatch.setattr(cli_chat, "inputs", lambda *_: script)
     messages: list[dict[str, Any]] = []
