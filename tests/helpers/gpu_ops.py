@@ -46,7 +46,7 @@ def use_tuning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 
     It takes long for matmul_mma. So more tokens than FEW go through memory, if `small` is not given.
     """
-    interpreted = {"small": 0, "dense": (1024, 32)} if INTERPRETED else {}
+    interpreted: dict[str, Any] = {"small": 0, "dense": (1024, 32)} if INTERPRETED else {}
     monkeypatch.setattr(backend, "DEFAULT", Tuning(**interpreted | options))
 
 
