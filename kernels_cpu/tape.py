@@ -103,8 +103,8 @@ class Tape:
     def record(self, op: Any, *kernels: TapeOp, **values: Value) -> None:
         """Append the kernels of an op. Each kernel takes the values of its fields.
 
-        op: of models/ops.py. The kernels work on the rows of its `out`, or of x if it has none.
-        values: by field. A field that is missing here has the value of the op's field of the same name.
+        op: one of models/ops.py. The kernels work on the rows of its `out`; on those of `x` if it has no `out`.
+        values: the values of fields, by name. A field without a value here takes that of the op's field of its name.
             An array stands for its address, None for 0. Buffers and Rows fill two fields, NAME and NAME_stride.
 
         Raises TypeError for a value that no kernel has a field for, and for a field without a value.

@@ -151,7 +151,7 @@ class Decoder:
                 self._run(part, {seq: len(part)}, ())
 
     def _logits(self, tokens: NDArray[np.int32], first: int, seq: int) -> Iterator[NDArray[np.float32]]:
-        """Run tokens in batches. Yield the logits of the tokens from index `first` on, which is in the first batch."""
+        """Run tokens in batches. Yield the logits from token `first` on, a token of the first batch."""
         program = self._program
         for start in range(0, len(tokens), self.n_batch):
             batch = tokens[start : start + self.n_batch]

@@ -45,9 +45,9 @@ class _Tiling:
         types = self.cache.k.type, self.cache.v.type
         rep = triton.next_power_of_2(self.shape.n_head // self.shape.n_head_kv)
         # The keys of latent attention have 576 columns. Rows of 512 quantized ones need more registers than f16.
-        is_wide = self.cache.k.width > (256 if any(type.bits < 16 for type in types) else 512)
-        rep = min(rep, 16) if is_wide else rep
-        floats = is_wide or any(type.bits == 32 for type in types)
+        has_wide_rows = self.cache.k.width > (256 if any(type.bits < 16 for type in types) else 512)
+        rep = min(rep, 16) if has_wide_rows else rep
+        floats = has_wide_rows or any(type.bits == 32 for type in types)
         narrow = self.cache.k.width <= 128 and not floats
         less = SPAN // 4 if floats else SPAN // 2
         if not wide:  # 16 queries are the fewest of tensor cores

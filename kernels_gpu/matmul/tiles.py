@@ -1,4 +1,4 @@
-"""Tiles of weights become f16 for tensor cores: products of experts. What ends products of torch."""
+"""Products of experts for many tokens: tiles of weights become f16 in registers. `finish` ends products of torch."""
 
 import triton
 import triton.language as tl

@@ -25,7 +25,7 @@ HALF = tl.constexpr(1 << 62)  # more than a logit's bits and an id make
 
 @triton.jit
 def _store_greatest(keys, out, K: tl.constexpr):
-    """Store the K greatest keys in order. One after the other: quick within a warp, and a sort compiles for seconds."""
+    """Store the K greatest keys in order. A sort takes seconds to compile; K searches are quick in a warp."""
     for i in range(K):
         greatest = tl.max(keys, axis=0)
         tl.store(out + i, greatest)

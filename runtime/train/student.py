@@ -93,7 +93,10 @@ class Student:
         with GGUFFile.open(path) as written:
             for name, grid in self.grids.items():
                 if isinstance(grid, Rounded):
-                    grid.take(written.tensors[name])
+                    known, tensor = self.model.matrices[name], written.tensors.get(name)
+                    if tensor is None or (tensor.type, tensor.ne) != (known.type, known.ne):
+                        raise FormatError(f"{path}: is not what its .state belongs to: leave out --resume")
+                    grid.take(tensor)
 
     def save(self, path: Path) -> None:
         """Write the model, and check that its file has the numbers of the last step, bit for bit."""

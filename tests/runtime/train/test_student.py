@@ -135,6 +135,9 @@ def test_qat_goes_on(refresh: int, folder: Path) -> None:
     parts = qat(*args, folder / "q.gguf", replace(steps, iters=5, resume=True), refresh=refresh)
     assert parts.train == whole.train
     assert (folder / "q.gguf").read_bytes() == (folder / "whole.gguf").read_bytes()
+    write_tiny(folder / "q.gguf", replace(WIDE_LLAMA, type="Q8_0"))
+    with pytest.raises(FormatError, match=r"q.gguf: is not what its .state belongs to: leave out --resume"):
+        qat(*args, folder / "q.gguf", replace(steps, iters=6, resume=True))
 
 
 def test_qat_begins_with_a_file_and_searches_scales(folder: Path) -> None:
