@@ -5,7 +5,7 @@ from typing import Any
 from gguf_run.kernels_cpu.int8_forms import CpuVector
 from gguf_run.kernels_cpu.matmul import moe, moe_route
 from gguf_run.kernels_cpu.matmul.moe import CpuExperts
-from gguf_run.kernels_cpu.panels.panels import BLOCK, IntPanel, panel_id
+from gguf_run.kernels_cpu.panels.panels import BLOCK, IntPanel, panel_id, x_stride
 from gguf_run.kernels_cpu.rows.observe import CpuSquares
 from gguf_run.kernels_cpu.rows.scale import clear
 from gguf_run.kernels_cpu.tape import Tape
@@ -24,7 +24,7 @@ def lower_moe(tape: Tape, op: Moe[CpuExperts, CpuVector, CpuSquares]) -> None:
     n_pairs, width = tape.n_batch * mixture.n_used, -(-down.n_in // BLOCK) * BLOCK
     is_int = isinstance(down.panel, IntPanel)
     rows = tape.shared_rows("pairs", n_pairs, 4 * width) if op.squares or not is_int else None
-    rows_int8 = tape.shared_rows("int8 pairs", n_pairs, 2 * width) if is_int else None
+    rows_int8 = tape.shared_rows("int8 pairs", n_pairs, x_stride(width)) if is_int else None
     tape.need(scratch=max(moe.GATE_UP_SCRATCH, moe.PLACES + tape.rows(op.out).stride))
     common: dict[str, Any] = {
         "n_expert": n_expert,

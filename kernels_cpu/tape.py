@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gguf_run.kernels_cpu.panels.memory import LANES, aligned
-from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel
+from gguf_run.kernels_cpu.panels.panels import ROWS, TOKENS, IntPanel, Panel, x_stride
 from gguf_run.kernels_cpu.replay.op import TapeOp
 from gguf_run.kernels_cpu.replay.runs import RunTable
 from gguf_run.kernels_cpu.replay.team import Team
@@ -82,8 +82,8 @@ class Tape:
     def int8(self, buffer: Buffer) -> Rows:
         """Return where the int8 form of a buffer's rows is, in activation blocks (matmul/int_tile.py)."""
         if buffer not in self._int8:
-            self._int8[buffer] = aligned(len(self.buffer(buffer)) * 2 * buffer.width)
-        return Rows(self._int8[buffer].ctypes.data, 2 * buffer.width)
+            self._int8[buffer] = aligned(len(self.buffer(buffer)) * x_stride(buffer.width))
+        return Rows(self._int8[buffer].ctypes.data, x_stride(buffer.width))
 
     def form(self, x: Buffer, panel: Panel) -> Buffer | Rows:
         """Return x in the form that a panel is multiplied with."""

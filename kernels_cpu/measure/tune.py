@@ -30,7 +30,7 @@ from gguf_run.formats.atomic import replacing
 from gguf_run.kernels_cpu.matmul.matmul import ONE_HEAD, matmul, tile_panels
 from gguf_run.kernels_cpu.measure.limits import cache_bytes
 from gguf_run.kernels_cpu.panels.memory import LANES, aligned
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PANELS, ROWS, X_BLOCK_BYTES, IntPanel, panel_sizes
+from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, IntPanel, panel_sizes, x_stride
 from gguf_run.kernels_cpu.replay.team import Team
 from gguf_run.kernels_cpu.vector.isa import Tuning, stored_tuning
 
@@ -193,9 +193,9 @@ class _Stage:
         with ThreadPoolExecutor(n_threads) as pool:  # pages are there from now on
             list(pool.map(lambda part: part.fill(0), np.array_split(self._kept[0], 4 * n_threads)))
         kernel = matmul(panel)
-        x_stride = _N_IN // BLOCK * X_BLOCK_BYTES if isinstance(shape, IntPanel) else 4 * _N_IN
+        row = x_stride(_N_IN) if isinstance(shape, IntPanel) else 4 * _N_IN
         none = {"residual_stride": 0, "residual_group": 0, "bias": 0, "scratch": 0, "scratch_stride": 0}
-        fields = {"rows": rows, "n_out": _N_OUT, "x": x, "x_stride": x_stride, "out": out, "out_stride": 4 * _N_OUT}
+        fields = {"rows": rows, "n_out": _N_OUT, "x": x, "x_stride": row, "out": out, "out_stride": 4 * _N_OUT}
         numbers = {name: value for name, value in vars(Tuning()).items() if name in (kernel.fields.names or ())}
         record = kernel.bind(w=w, residual=zeros, **panel_sizes(shape, _N_IN), **fields, **none, **ONE_HEAD, **numbers)
         self._records = np.repeat(record, n)
