@@ -133,7 +133,7 @@ def measure(panel: int, n_threads: int, free_bytes: int | None = None) -> tuple[
             return stage.seconds(teams[value], tuning, 1, _this_thread)
 
         plan: list[tuple[str, Sequence[int], Callable[[str, int], float], float]] = [
-            ("ahead", (tuning.ahead, -1, 0, 16384), decode, _GAIN),
+            ("ahead", (tuning.ahead, -1, 6144, 16384), decode, _GAIN),
             ("piece_bytes", (tuning.piece_bytes, 65536)[:n_threads], decode, _GAIN),
             ("tile_tokens", (tuning.tile_tokens, 8)[: tile_panels(panel)], batch, _GAIN),
             ("n_threads", tuple(teams), threads, _FEWER_THREADS_GAIN),

@@ -68,7 +68,7 @@ def current() -> Isa:
 class Tuning:
     """Numbers that depend on the machine. measure/tune.py finds them. The defaults are safe on every machine."""
 
-    ahead: int = 6144  # one token: bytes between what a tile reads and what it prefetches; -1: it prefetches nothing
+    ahead: int = 0  # one token: bytes between what a tile reads and what it prefetches; -1: it prefetches nothing
     piece_bytes: int = 16384  # one token: bytes of weights that a thread takes at a time, or more
     tile_tokens: int = 4  # a large batch: tokens of a tile, 4 (with two panels, if registers allow) or 8 (with one)
     n_threads: int = 0  # threads that compute; 0: one for each core
