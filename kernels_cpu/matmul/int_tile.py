@@ -6,7 +6,17 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUMS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import (
+    BLOCK,
+    ROWS,
+    X_BLOCK_BYTES,
+    X_D,
+    X_D_SUMS,
+    X_PAIR,
+    X_SUM_FACTOR,
+    X_SUMS,
+    IntPanel,
+)
 from gguf_run.kernels_cpu.panels.planes import HIGHER, bit_places, is_paired
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
 
@@ -99,9 +109,13 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
     lanes, n_groups = acc[0].lanes, BLOCK // shape.group
     first_sum = 0 if n_groups == 1 else 4  # the sum of all 32 values, or of each half
     signed = shape.offset == 128 and s.isa.signed_bytes
+    parts = acc  # of two groups the first one, which is not yet multiplied with d
     for g in range(n_groups):
         n_bits = -8 if signed else shape.dot_bits
-        dots = [[s.dot_sum(s.const(I32, 0, lanes), n_bits) for _ in blocks] for _ in xs]
+        start = [s.const(I32, 0, lanes)] * len(xs)
+        if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
+            start = [_times_offset(s, shape, s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes)) for x in xs]
+        dots = [[s.dot_sum(total, n_bits) for _ in blocks] for total in start]
         fine = [[s.dot_sum(s.const(I32, 0, lanes), 8) for _ in blocks if shape.fine] for _ in xs]
         for i in range(8 // n_groups * g, 8 // n_groups * (g + 1)):
             us = [block.quant(i) ^ 0x80 if signed else block.quant(i) for block in blocks]
@@ -110,24 +124,33 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
                 x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
                 for u, dot in zip(us, row + more, strict=True):
                     dot.add(u, x4)
-        new = []
+        new: list[Val] = []
         for t, x in enumerate(xs):
-            d, correction = s.load(x + X_D, F32, splat=lanes), None  # d is loaded here: registers are scarce
-            if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
-                correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
-                total = dot.total() - correction if correction else dot.total()
-                if shape.fine:
-                    total = (total << 8) + fine[t][p].total()
-                factor = block.scales[g] * d if block.scales else d
-                new.append(s.fma(total.to(F32), factor, acc[t * len(blocks) + p]))
-        acc = new
+                total = (dot.total() << 8) + fine[t][p].total() if shape.fine else dot.total()
+                part, i = total.to(F32), len(new)
+                d = s.load(x + X_D, F32, splat=lanes)  # loaded here: registers are scarce
+                if n_groups == 1:
+                    part = s.fma(part, block.scales[g] * d if block.scales else d, acc[i])
+                elif g == 0:
+                    part = part * block.scales[0]
+                else:
+                    part = s.fma(s.fma(part, block.scales[1], parts[i]), d, acc[i])
+                new.append(part)
+        parts = new
+    acc = parts
     if shape.has_minimum:
         for g in range(n_groups):
             d_sums = [s.load(x + (X_D_SUMS + first_sum + 4 * g), F32, splat=lanes) for x in xs]
             pairs = [(block.minimums[g], d_sum) for d_sum in d_sums for block in blocks]
             acc = [s.fma(minimum, d_sum, a) for (minimum, d_sum), a in zip(pairs, acc, strict=True)]
     return acc
+
+
+def _times_offset(s: Simd, shape: IntPanel, sums: Val) -> Val:
+    """Return -offset times sums of activations, which are stored times X_SUM_FACTOR."""
+    more = _log2(shape.offset) - _log2(-X_SUM_FACTOR)
+    return sums << more if more > 0 else sums.sar(-more) if more < 0 else sums
 
 
 def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], acc: list[Val]) -> list[Val]:

@@ -25,8 +25,8 @@ An integer panel is multiplied with int8 activations. They are blocks of 32 colu
 
     byte  0   32 int8 values, never -128
     byte 32   f32 d: number = d * value
-    byte 36   i32 sums of values 0..31, 0..15, 16..31
-    byte 48   f32 d * each of these sums
+    byte 36   i32 -32 * sums of values 0..31, 0..15, 16..31
+    byte 48   f32 d * each of these sums (not times -32)
     byte 60   i16 sums of values 0..15, 16..31
 """
 
@@ -45,6 +45,7 @@ BLOCK = 32  # columns of a block of activations, and of a set of planes
 TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in whole tiles: buffers have spare rows
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
 X_D, X_SUMS, X_D_SUMS, X_PAIR = 32, 36, 48, 60
+X_SUM_FACTOR = -32  # dot products of 6 bits begin at the sum with this factor: their integers have an offset of 32
 
 
 @frozen
@@ -241,8 +242,8 @@ def matrix_bytes(type_name: str, n_in: int, n_out: int) -> int:
 def x_stride(n_in: int) -> int:
     """Return the bytes from a row of activation blocks to the next one: an odd number of cache lines.
 
-    The rows of a tile are read side by side. At distances of 4 kB, or of half of it, they would fall on the same few
-    places of the first-level cache: that cost 5 % of the speed, and 40 % while a neighbour used the other half of the core.
+    The rows of a tile are read side by side. At distances of 4 kB they would all need the same few places of the
+    first-level cache. That cost 3 % of a batch's speed, and 40 % while others seemed to use that cache too (Zen 4).
     """
     return -(-n_in // BLOCK) * X_BLOCK_BYTES | X_BLOCK_BYTES
 

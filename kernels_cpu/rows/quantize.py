@@ -1,7 +1,7 @@
 """Activations for integer panels: f32 rows to blocks of 32 int8 values (layout: panels/panels.py)."""
 
 from gguf_run.formats.compiler.jit import njit
-from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUMS
+from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUM_FACTOR, X_SUMS
 from gguf_run.kernels_cpu.replay.op import row_op
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
@@ -25,7 +25,7 @@ def quantize_row(s: Simd, x: Val, n_block: Val, out: Val) -> None:
             sums.append(s.sum(q))
         s.store(d, at + X_D)
         for i, total in enumerate([sums[0] + sums[1], *sums]):
-            s.store(total, at + (X_SUMS + 4 * i))
+            s.store(total * X_SUM_FACTOR, at + (X_SUMS + 4 * i))
             s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
         s.store((sums[0] & 0xFFFF) | sums[1] << 16, at + X_PAIR)
 

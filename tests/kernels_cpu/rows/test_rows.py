@@ -21,6 +21,7 @@ from numpy_backend import ACTIVATIONS, rotate, xielu
 
 from gguf_run.formats.blocks.dequantizer import dequantize
 from gguf_run.formats.blocks.types import CHECKPOINT_TYPES, TENSOR_TYPES, type_by_name
+from gguf_run.kernels_cpu.panels.panels import x_stride
 from gguf_run.models.backend import Run
 from gguf_run.models.operands import AttentionShape, Buffer, Rotation
 from gguf_run.models.ops import Attend, Embed, Gated, Matmul, RmsNorm, Rope
@@ -36,8 +37,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 # int8 activations
 def written_q8(step: Step, x: Buffer, n_tokens: int) -> dict[str, np.ndarray]:
     """The fields of x's activation blocks, [n_tokens, n / 32, ...], after a run."""
-    blocks = step.program._tape._int8[x]
-    return {name: field[:n_tokens] for name, field in read_q8(blocks.reshape(-1, 2 * x.width)).items()}
+    blocks = step.program._tape._int8[x].reshape(-1, x_stride(x.width))[:n_tokens, : 2 * x.width]
+    return read_q8(blocks)
 
 
 def check_q8(fields: dict[str, np.ndarray], x: np.ndarray) -> None:
@@ -46,7 +47,7 @@ def check_q8(fields: dict[str, np.ndarray], x: np.ndarray) -> None:
     np.testing.assert_array_equal(fields["d"][..., 0], d)
     np.testing.assert_array_equal(fields["q"], q)
     sums = [q.astype(np.int32)[..., part].sum(-1) for part in (slice(None), slice(0, 16), slice(16, 32))]
-    np.testing.assert_array_equal(fields["sums"], np.stack(sums, -1))
+    np.testing.assert_array_equal(fields["sums"], -32 * np.stack(sums, -1))
     np.testing.assert_array_equal(fields["d_sums"], np.stack(sums, -1).astype(np.float32) * d[..., None])
 
 
