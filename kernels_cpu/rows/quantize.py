@@ -4,7 +4,7 @@ from gguf_run.formats.compiler.jit import njit
 from gguf_run.kernels_cpu.panels.panels import X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUM_FACTOR, X_SUMS
 from gguf_run.kernels_cpu.replay.op import row_op
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
-from gguf_run.kernels_cpu.vector.simd import F32, I8, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F32, I8, I16, I32, Simd, Val
 
 
 @simd_kernel
@@ -18,16 +18,18 @@ def quantize_row(s: Simd, x: Val, n_block: Val, out: Val) -> None:
         is_zero = largest.compare("==", 0.0)
         inverse = s.select(is_zero, s.const(F32, 0.0), s.const(F32, 127.0) / largest)
         at = out + k * X_BLOCK_BYTES
-        sums = []
-        for h in (0, 1):
-            q = s.rint(halves[h] * s.splat(inverse, 16))
-            s.store(q.to(I8), at + 16 * h)
-            sums.append(s.sum(q))
+        q = s.concat(*[s.rint(half * s.splat(inverse, 16)).to(I8) for half in halves])
+        s.store(q, at)
+        sums = s.dot(s.const(I32, 0, 8), s.const(I8, 1, 32), q, 1)  # of four values each
+        for n in (1, 2):
+            sums = sums + s.shuffle(sums, [lane ^ n for lane in range(8)])
+        both = sums + s.shuffle(sums, [lane ^ 4 for lane in range(8)])
+        fields = s.shuffle(s.concat(both, sums), [0, 8, 12, 12])  # of all values, of each half, and one to fill up
         s.store(d, at + X_D)
-        for i, total in enumerate([sums[0] + sums[1], *sums]):
-            s.store(total * X_SUM_FACTOR, at + (X_SUMS + 4 * i))
-            s.store(total.to(F32) * d, at + (X_D_SUMS + 4 * i))
-        s.store((sums[0] & 0xFFFF) | sums[1] << 16, at + X_PAIR)
+        # The fourth lanes are overwritten: the fields follow each other.
+        s.store(fields * X_SUM_FACTOR, at + X_SUMS)
+        s.store(fields.to(F32) * s.splat(d, 4), at + X_D_SUMS)
+        s.store(s.shuffle(fields.as_type(I16), [2, 4]), at + X_PAIR)
 
     s.each(n_block, body)
 

@@ -35,15 +35,15 @@ class _Vnni(_ByInstruction):
     def _dot(self, acc: Val, u: Val, x: Val) -> Val:
         if binding.llvm_version_info < (21, 0, 0):  # these take the bytes as i32 lanes
             u, x = u.as_type(_I32), x.as_type(_I32)
-        return super()._dot(acc, u, x)
+        return self.s.call(f"llvm.x86.avx512.vpdpbusd.{32 * acc.lanes}", acc.type, acc, u, x)
 
 
 class _Vnni512(_Vnni):
-    name, lanes = "llvm.x86.avx512.vpdpbusd.512", 16
+    lanes = 16
 
 
 class _Vnni256(_Vnni):
-    name, lanes = "llvm.x86.avx512.vpdpbusd.256", 8
+    lanes = 8
 
 
 class _Neon(_ByInstruction):
