@@ -52,7 +52,8 @@ def tile(
     for n in TILES:
         with s.b.if_then(n_tokens.compare("==", n).ir):
             here = range(n_panels if n == 4 else 1)
-            xs = [x + x_stride * t for t in range(n)]
+            # Else the compiler would compute each address of an activation anew from a few of these.
+            xs = [s.opaque(x + x_stride * t) for t in range(n)]
             ws = [w + w_panel * p for p in here]
             moves = [(t, step * p) for t in range(n) for p in here]
             places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
