@@ -20,7 +20,7 @@ def speed() -> str:
     rows = [row for row in load("speed")["rows"] if row["model"].startswith("llama-1b ") and row["threads"] == 2]
     rows = [row for row in rows if "isa" not in row and "depth" not in row]
     drawing, step, top = Drawing(800, 60 + 34 * len(rows) + 62), 34, 66
-    drawing.text(16, 26, "Llama of 1.24 billion weights, 2 CPU cores (AMD Zen 5): tokens per second", kind="title")
+    drawing.text(16, 26, "Llama of 1.24 billion weights, 2 CPU cores (AMD Zen 4): tokens per second", kind="title")
     for x, kind, name in ((16, "a", "gguf-run"), (110, "b", "llama.cpp 0.5.0")):
         drawing.box(x, 38, 12, 12, kind)
         drawing.text(x + 18, 49, name)

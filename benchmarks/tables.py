@@ -60,6 +60,11 @@ def speed() -> str:
     return _speed(load("speed")["rows"])
 
 
+def speed_zen5() -> str:
+    """Return the same of an older version on another CPU."""
+    return _speed(load("speed_zen5")["rows"])
+
+
 def speed_short() -> str:
     """Return some rows of two threads."""
     rows = {row["model"]: row for row in reversed(load("speed")["rows"]) if row["threads"] == 2 and not _limits(row)}
@@ -135,7 +140,7 @@ def files() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = MappingProxyType(
-    {table.__name__: table for table in (speed, speed_short, kv_cache, kv_cache_short, formats, files)}
+    {table.__name__: table for table in (speed, speed_zen5, speed_short, kv_cache, kv_cache_short, formats, files)}
 )
 
 
