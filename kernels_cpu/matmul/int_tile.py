@@ -102,10 +102,10 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
     for g in range(n_groups):
         n_bits = -8 if signed else shape.dot_bits
         dots = [[s.dot_sum(s.const(I32, 0, lanes), n_bits) for _ in blocks] for _ in xs]
-        fine = [[s.dot_sum(s.const(I32, 0, lanes), 8) for _ in blocks if shape.fine] for _ in xs]
+        fine = [[s.dot_sum(s.const(I32, 0, lanes), n_bits) for _ in blocks if shape.fine] for _ in xs]
         for i in range(8 // n_groups * g, 8 // n_groups * (g + 1)):
-            us = [block.quant(i) ^ 0x80 if signed else block.quant(i) for block in blocks]
-            us += [block.quant(i, shape.fine) for block in blocks if shape.fine]
+            us = [block.quant(i, signed=signed) for block in blocks]
+            us += [block.quant(i, shape.fine, signed=signed) for block in blocks if shape.fine]
             for x, row, more in zip(xs, dots, fine, strict=True):
                 x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
                 for u, dot in zip(us, row + more, strict=True):
@@ -116,9 +116,10 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
             if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
                 correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
-                total = dot.total() - correction if correction else dot.total()
-                if shape.fine:
-                    total = (total << 8) + fine[t][p].total()
+                totals = [part.total() for part in (dot, *fine[t][p : p + 1])]
+                if correction:
+                    totals = [total - correction for total in totals]
+                total = (totals[0] << 8) + totals[1] if shape.fine else totals[0]
                 factor = block.scales[g] * d if block.scales else d
                 new.append(s.fma(total.to(F32), factor, acc[t * len(blocks) + p]))
         acc = new
@@ -168,24 +169,23 @@ class _Block(NamedTuple):
 def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS, in_order: bool = False) -> Callable[..., Val]:
     """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes.
 
-    The function has a second argument: the codebook to look in.
+    The function has two more arguments: the codebook to look in, and whether it returns u - 128, if 128 is the offset.
     in_order: see decode_blocks.
     """
-    book = tuple(value + shape.offset for value in shape.codebook)
     stored = []
     for plane in range(shape.bits):
         if in_order:
             s.keep_order()
         stored.append(s.load(planes + 64 * plane, I8, 4 * lanes))
 
-    def quant(i: int, book: tuple[int, ...] = book) -> Val:
+    def quant(i: int, book: tuple[int, ...] = shape.codebook, *, signed: bool = False) -> Val:
         if shape.bits == 8:
-            return stored[i]
+            return stored[i] ^ 0x80 if signed else stored[i]
         up = HIGHER * (i // 4) if is_paired(shape) else 0
         places = bit_places(shape, i)
         parts = [_moved(stored[plane], bit + up - at) & mask << bit + up for plane, at, bit, mask in places]
         u = functools.reduce(operator.or_, parts)
-        return s.look_up(book, u) if book else u
+        return s.look_up([value if signed else value + shape.offset for value in book], u) if book else u
 
     return quant
 

@@ -31,7 +31,7 @@ class Isa:
     dot: str  # the row of lowering.LOWERINGS
     lanes: int  # rows of a panel in a tile
     tokens: int  # of the largest tile, at most panels.TOKENS
-    signed_bytes: bool  # whether dot products take signed bytes on both sides
+    signed_bytes: bool  # whether dot products take signed bytes on both sides, in the place of unsigned ones
     f16c: bool  # whether the CPU converts half floats
     fma: bool  # whether fused multiply-add is one instruction
 
