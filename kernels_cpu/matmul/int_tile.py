@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gguf_run.kernels_cpu.panels.panels import BLOCK, ROWS, X_BLOCK_BYTES, X_D, X_D_SUMS, X_PAIR, X_SUMS, IntPanel
 from gguf_run.kernels_cpu.panels.planes import HIGHER, bit_places, is_paired
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Scalar, Simd, Val
 
 
 def int_tile(
@@ -107,14 +107,14 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
             us = [block.quant(i, signed=signed) for block in blocks]
             us += [block.quant(i, shape.fine, signed=signed) for block in blocks if shape.fine]
             for x, row, more in zip(xs, dots, fine, strict=True):
-                x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+                x4 = _spread(s, x, 4 * i, I32, lanes).as_type(I8)
                 for u, dot in zip(us, row + more, strict=True):
                     dot.add(u, x4)
         new = []
         for t, x in enumerate(xs):
-            d, correction = s.load(x + X_D, F32, splat=lanes), None  # d is loaded here: registers are scarce
+            d, correction = _spread(s, x, X_D, F32, lanes), None  # d is loaded here: registers are scarce
             if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
-                correction = s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes) << _log2(shape.offset)
+                correction = _spread(s, x, X_SUMS + first_sum + 4 * g, I32, lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
                 totals = [part.total() for part in (dot, *fine[t][p : p + 1])]
                 if correction:
@@ -125,7 +125,7 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
         acc = new
     if shape.has_minimum:
         for g in range(n_groups):
-            d_sums = [s.load(x + (X_D_SUMS + first_sum + 4 * g), F32, splat=lanes) for x in xs]
+            d_sums = [_spread(s, x, X_D_SUMS + first_sum + 4 * g, F32, lanes) for x in xs]
             pairs = [(block.minimums[g], d_sum) for d_sum in d_sums for block in blocks]
             acc = [s.fma(minimum, d_sum, a) for (minimum, d_sum), a in zip(pairs, acc, strict=True)]
     return acc
@@ -140,11 +140,11 @@ def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list
     for i in range(8):
         us = [block.quant(i) for block in blocks]
         for x, row in zip(xs, dots, strict=True):
-            x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+            x4 = _spread(s, x, 4 * i, I32, lanes).as_type(I8)
             for u, halves in zip(us, row, strict=True):
                 halves[i // 4].add(u, x4)
     for t, x in enumerate(xs):
-        d, sums = s.load(x + X_D, F32, splat=lanes), s.load(x + X_PAIR, I32, splat=lanes).as_type(I16)
+        d, sums = _spread(s, x, X_D, F32, lanes), _spread(s, x, X_PAIR, I32, lanes).as_type(I16)
         for p, (block, (low, high)) in enumerate(zip(blocks, dots[t], strict=True)):
             pair = (low.total() & 0xFFFF | high.total() << 16 - HIGHER).as_type(I16)
             if shape.offset:
@@ -155,6 +155,14 @@ def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list
                 total = s.fma(s.add_pairs(zero, block.minimums[0], sums).to(F32), block.factors[1], total)
             new.append(s.fma(total, d, acc[t * len(blocks) + p]))
     return new
+
+
+def _spread(s: Simd, x: Val, at: int, element: Scalar, lanes: int) -> Val:
+    """Load the number at byte `at` of the block of activations at x, into all lanes."""
+    if not s.isa.by_lane:
+        return s.load(x + at, element, splat=lanes)
+    four = s.load(x + at // 16 * 16, element, 4)  # the compiler loads them once
+    return s.shuffle(four, [at % 16 // 4] * lanes)
 
 
 class _Block(NamedTuple):

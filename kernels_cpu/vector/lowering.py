@@ -118,6 +118,14 @@ def _pairs_avx2(s: Simd, acc: Val, x: Val, y: Val) -> Val:
     return acc + _by_parts(s, "llvm.x86.avx2.pmadd.wd", 16, x, y, _I32)
 
 
+def _pairs_neon(s: Simd, acc: Val, x: Val, y: Val) -> Val:
+    def pairs(acc: Val, x: Val, y: Val) -> Val:
+        low, high = (x.part(first, 4).to(_I32) * y.part(first, 4).to(_I32) for first in (0, 4))
+        return acc + s.call("llvm.aarch64.neon.addp.v4i32", acc.type, low, high)
+
+    return _in_parts(s, 4, pairs, acc, x, y)
+
+
 def _pairs_generic(s: Simd, acc: Val, x: Val, y: Val) -> Val:
     v, w = x.as_type(_I32), y.as_type(_I32)
     return acc + (v << 16).sar(16) * (w << 16).sar(16) + v.sar(16) * w.sar(16)
@@ -171,7 +179,7 @@ LOWERINGS = {
     ),
     "vnni256": _x86(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb),
     "avx2": _x86(_Avx2, _pairs_avx2, _pshufb),
-    "neon": _plain(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
+    "neon": _plain(_Neon, _pairs_neon, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
     "generic": _plain(_Generic, _pairs_generic, _look_up_generic),
 }
 

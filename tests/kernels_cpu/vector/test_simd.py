@@ -178,6 +178,23 @@ def test_dot_sum_is_exact(isa: Isa, bits: int) -> None:
     np.testing.assert_array_equal(out, expected + 5)
 
 
+@on_each_isa
+def test_add_pairs(isa: Isa) -> None:
+    rng = np.random.default_rng(0)
+    acc = rng.integers(-(2**30), 2**30, (50, 16)).astype(np.int32)
+    x = rng.integers(-(2**14), 2**14, (50, 32)).astype(np.int16)
+    y = rng.integers(-(2**15), 2**15, (50, 32)).astype(np.int16)
+    x[:2], y[0], y[1] = -(2**15), 2**15 - 1, -(2**15)
+    acc[:2] = [[0], [-1]]  # -1: the sum of the products alone is 2^31
+    out = np.zeros_like(acc)
+
+    def emit(s: Simd, acc: Val, x: Val, y: Val, out: Val) -> None:
+        s.store(s.add_pairs(s.load(acc, I32, 16), s.load(x, I16, 32), s.load(y, I16, 32)), out)
+
+    run(isa, emit, acc, x, y, out)
+    np.testing.assert_array_equal(out, acc + (x.astype(np.int64) * y).reshape(50, 16, 2).sum(-1))
+
+
 def test_integer_words() -> None:
     """Shifts, masks, signs and widths, compared with NumPy."""
     rng = np.random.default_rng(0)
