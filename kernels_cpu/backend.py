@@ -130,7 +130,7 @@ class CpuBackend:
         tape = Tape(self.n_threads, n_batch, n_outputs, splits=self._splits)
         ends = [lower(tape, part) for part in parts]
         lower(tape, after)
-        # Attention takes longest to compile: it is last here, so that the process that begins at the end begins with it.
+        # Attention takes longest to compile. It is last here: the second process begins with the last kernel.
         self._compile(sorted(dict.fromkeys(tape.kernels), key=lambda op: op.function.__name__ == "attend_rows"))
         self.wait()
         tape.tune(self.tuning)

@@ -18,7 +18,7 @@ from gguf_run.kernels_cpu.panels.panels import (
     IntPanel,
 )
 from gguf_run.kernels_cpu.panels.planes import HIGHER, bit_places, is_paired
-from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Simd, Val
+from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, I64, Scalar, Simd, Val
 
 
 def int_tile(
@@ -97,7 +97,7 @@ def _run(
 def prefetch_step(s: Simd, addresses: list[Val], n_bytes: int, ahead: Val) -> None:
     """Prefetch n_bytes that are `ahead` behind each address, into the second-level cache. Below 0: no instruction runs.
 
-    Without it, a processor reads panels whose scales stand apart from their quants at half the speed of memory.
+    Some processors read panels whose scales stand apart from their quants much faster with it, others without it.
     """
     with s.b.if_then(ahead.compare(">=", 0).ir):
         for address, line in itertools.product(addresses, range(0, n_bytes, 64)):
@@ -114,14 +114,14 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
         n_bits = -8 if signed else shape.dot_bits
         start = [s.const(I32, 0, lanes)] * len(xs)
         if shape.offset and not signed:  # sum (u - offset) * x = sum u * x - offset * sum x
-            start = [_times_offset(s, shape, s.load(x + (X_SUMS + first_sum + 4 * g), I32, splat=lanes)) for x in xs]
+            start = [_times_offset(s, shape, _spread(s, x, X_SUMS + first_sum + 4 * g, I32, lanes)) for x in xs]
         dots = [[s.dot_sum(total, n_bits) for _ in blocks] for total in start]
-        fine = [[s.dot_sum(s.const(I32, 0, lanes), 8) for _ in blocks if shape.fine] for _ in xs]
+        fine = [[s.dot_sum(total, n_bits) for _ in blocks if shape.fine] for total in start]
         for i in range(8 // n_groups * g, 8 // n_groups * (g + 1)):
-            us = [block.quant(i) ^ 0x80 if signed else block.quant(i) for block in blocks]
-            us += [block.quant(i, shape.fine) for block in blocks if shape.fine]
+            us = [block.quant(i, signed=signed) for block in blocks]
+            us += [block.quant(i, shape.fine, signed=signed) for block in blocks if shape.fine]
             for x, row, more in zip(xs, dots, fine, strict=True):
-                x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+                x4 = _spread(s, x, 4 * i, I32, lanes).as_type(I8)
                 for u, dot in zip(us, row + more, strict=True):
                     dot.add(u, x4)
         new: list[Val] = []
@@ -129,7 +129,7 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
                 total = (dot.total() << 8) + fine[t][p].total() if shape.fine else dot.total()
                 part, i = total.to(F32), len(new)
-                d = s.load(x + X_D, F32, splat=lanes)  # loaded here: registers are scarce
+                d = _spread(s, x, X_D, F32, lanes)  # loaded here: registers are scarce
                 if n_groups == 1:
                     part = s.fma(part, block.scales[g] * d if block.scales else d, acc[i])
                 elif g == 0:
@@ -141,7 +141,7 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
     acc = parts
     if shape.has_minimum:
         for g in range(n_groups):
-            d_sums = [s.load(x + (X_D_SUMS + first_sum + 4 * g), F32, splat=lanes) for x in xs]
+            d_sums = [_spread(s, x, X_D_SUMS + first_sum + 4 * g, F32, lanes) for x in xs]
             pairs = [(block.minimums[g], d_sum) for d_sum in d_sums for block in blocks]
             acc = [s.fma(minimum, d_sum, a) for (minimum, d_sum), a in zip(pairs, acc, strict=True)]
     return acc
@@ -162,11 +162,11 @@ def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list
     for i in range(8):
         us = [block.quant(i) for block in blocks]
         for x, row in zip(xs, dots, strict=True):
-            x4 = s.load(x + 4 * i, I32, splat=lanes).as_type(I8)
+            x4 = _spread(s, x, 4 * i, I32, lanes).as_type(I8)
             for u, halves in zip(us, row, strict=True):
                 halves[i // 4].add(u, x4)
     for t, x in enumerate(xs):
-        d, sums = s.load(x + X_D, F32, splat=lanes), s.load(x + X_PAIR, I32, splat=lanes).as_type(I16)
+        d, sums = _spread(s, x, X_D, F32, lanes), _spread(s, x, X_PAIR, I32, lanes).as_type(I16)
         for p, (block, (low, high)) in enumerate(zip(blocks, dots[t], strict=True)):
             pair = (low.total() & 0xFFFF | high.total() << 16 - HIGHER).as_type(I16)
             if shape.offset:
@@ -177,6 +177,14 @@ def _add_paired(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list
                 total = s.fma(s.add_pairs(zero, block.minimums[0], sums).to(F32), block.factors[1], total)
             new.append(s.fma(total, d, acc[t * len(blocks) + p]))
     return new
+
+
+def _spread(s: Simd, x: Val, at: int, element: Scalar, lanes: int) -> Val:
+    """Load the number at byte `at` of the block of activations at x, into all lanes."""
+    if not s.isa.by_lane:
+        return s.load(x + at, element, splat=lanes)
+    four = s.load(x + at // 16 * 16, element, 4)  # the compiler loads them once
+    return s.shuffle(four, [at % 16 // 4] * lanes)
 
 
 class _Block(NamedTuple):
@@ -191,24 +199,23 @@ class _Block(NamedTuple):
 def load_quants(s: Simd, shape: IntPanel, planes: Val, lanes: int = ROWS, in_order: bool = False) -> Callable[..., Val]:
     """Load the planes of 32 columns of `lanes` rows. Return a function from i to vector i of u, bytes.
 
-    The function has a second argument: the codebook to look in.
+    The function has two more arguments: the codebook to look in, and whether it returns u - 128, if 128 is the offset.
     in_order: see decode_blocks.
     """
-    book = tuple(value + shape.offset for value in shape.codebook)
     stored = []
     for plane in range(shape.bits):
         if in_order:
             s.keep_order()
         stored.append(s.load(planes + 64 * plane, I8, 4 * lanes))
 
-    def quant(i: int, book: tuple[int, ...] = book) -> Val:
+    def quant(i: int, book: tuple[int, ...] = shape.codebook, *, signed: bool = False) -> Val:
         if shape.bits == 8:
-            return stored[i]
+            return stored[i] ^ 0x80 if signed else stored[i]
         up = HIGHER * (i // 4) if is_paired(shape) else 0
         places = bit_places(shape, i)
         parts = [_moved(stored[plane], bit + up - at) & mask << bit + up for plane, at, bit, mask in places]
         u = functools.reduce(operator.or_, parts)
-        return s.look_up(book, u) if book else u
+        return s.look_up([value if signed else value + shape.offset for value in book], u) if book else u
 
     return quant
 

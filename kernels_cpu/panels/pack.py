@@ -3,7 +3,7 @@
 import functools
 import operator
 
-from gguf_run.kernels_cpu.panels.panels import BLOCK, PANELS, ROWS, IntPanel
+from gguf_run.kernels_cpu.panels.panels import BLOCK, LARGEST_FINE, PANELS, ROWS, IntPanel
 from gguf_run.kernels_cpu.panels.planes import bit_places
 from gguf_run.kernels_cpu.vector.lowering import simd_kernel
 from gguf_run.kernels_cpu.vector.simd import F16, F32, I8, I16, I32, Simd, Val
@@ -91,7 +91,7 @@ def _heads(s: Simd, panel: IntPanel, numbers: list[Val]) -> list[Val]:
         case "row":
             return []
         case "f32 64":
-            return [numbers[0] * (1 / 32767)]
+            return [numbers[0] * (1 / LARGEST_FINE)]
         case "f16":
             return [v.to(F16) for v in numbers]
         case "f32":

@@ -46,6 +46,7 @@ TOKENS = 8  # tokens of a tile, at most (Isa.tokens). A batch is computed in who
 X_BLOCK_BYTES = 64  # of a block of activations, and where its fields are
 X_D, X_SUMS, X_D_SUMS, X_PAIR = 32, 36, 48, 60
 X_SUM_FACTOR = -32  # dot products of 6 bits begin at the sum with this factor: their integers have an offset of 32
+LARGEST_FINE = 127 * 256 + 127  # a number of two bytes, both signed: see IntPanel.fine
 
 
 @frozen
@@ -64,7 +65,7 @@ SCALES = {
     for row in (
         Scales("f16", 32, False, 2, "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL TQ1_0 TQ2_0 Q1_0 Q2_0"),
         Scales("f32", 32, False, 4),  # all other types
-        Scales("f32 64", 64, False, 2, "NF4 FP4"),  # one for 64 columns, over 32767
+        Scales("f32 64", 64, False, 2, "NF4 FP4"),  # one for 64 columns, over LARGEST_FINE
         Scales("e8m0", 32, False, 1, "MXFP4"),  # an exponent, see formats/blocks/scalars.py
         Scales("none", 32, False, 0),  # all scales are 1
         Scales("row", 32, False, 0, "INT8"),  # one for each row, in front of all spans
@@ -89,7 +90,8 @@ class IntPanel:
     has_minimum: bool
     span: int  # columns of a span
     codebook: tuple[int, ...] = ()  # if not empty: u = codebook[code] + offset
-    fine: tuple[int, ...] = ()  # if not empty: 256 * codebook[code] + fine[code] is multiplied, in two products
+    # If not empty: 256 * codebook[code] + fine[code] is multiplied, in two products; the second u = fine[code] + offset
+    fine: tuple[int, ...] = ()
 
     @property
     def columns(self) -> int:
@@ -188,8 +190,10 @@ def _coded_panel(form: CodedForm) -> CodedPanel:
 
 
 def _panel_of_4_bits(form: CodedForm) -> IntPanel:
-    """Return a panel whose integers of 16 bits are at most 1 / 65534 of d from the numbers of the table."""
-    high, fine = zip(*(divmod(round(value * 32767), 256) for value in form.table.tolist()), strict=True)
+    """Return a panel whose integers of 16 bits are at most 1 / 65278 of d from the numbers of the table."""
+    numbers = [round(value * LARGEST_FINE) for value in form.table.tolist()]
+    fine = tuple((number + 128) % 256 - 128 for number in numbers)
+    high = tuple((number + 128) // 256 for number in numbers)
     return IntPanel(4, 8, 128, BLOCK, SCALES["f32 64"], False, form.type.block_size, high, fine)
 
 

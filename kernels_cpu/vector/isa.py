@@ -31,19 +31,20 @@ class Isa:
     dot: str  # the row of lowering.LOWERINGS
     lanes: int  # rows of a panel in a tile
     tokens: int  # of the largest tile, at most panels.TOKENS
-    signed_bytes: bool  # whether dot products take signed bytes on both sides
+    signed_bytes: bool  # whether dot products take signed bytes on both sides, in the place of unsigned ones
     f16c: bool  # whether the CPU converts half floats
     fma: bool  # whether fused multiply-add is one instruction
+    by_lane: bool  # whether products take one lane of a vector with all of another
 
 
 _AVX512_VNNI = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"})
 # Best first: the first row whose needs are met is chosen.
 ISAS = (
-    Isa("AVX-512 VNNI", _AVX512_VNNI, "vnni512", 16, 8, False, True, True),
-    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", 8, 4, False, True, True),
-    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", 8, 4, True, True, True),
-    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", 8, 4, True, True, True),
-    Isa("generic", frozenset(), "generic", 4, 4, False, False, False),
+    Isa("AVX-512 VNNI", _AVX512_VNNI, "vnni512", 16, 8, False, True, True, False),
+    Isa("AVX-VNNI", frozenset({"avx2", "avxvnni", "f16c", "fma"}), "vnni256", 8, 4, False, True, True, False),
+    Isa("AVX2", frozenset({"avx2", "f16c", "fma"}), "avx2", 8, 4, True, True, True, False),
+    Isa("NEON dotprod", frozenset({"neon", "dotprod"}), "neon", 8, 4, True, True, True, True),
+    Isa("generic", frozenset(), "generic", 4, 4, False, False, False, False),
 )
 
 

@@ -49,14 +49,6 @@ class _Vnni256(_Vnni):
 class _Neon(_ByInstruction):
     name, lanes = "llvm.aarch64.neon.sdot.v4i32.v16i8", 4
 
-    def add(self, u: Val, x: Val) -> DotSum:
-        if self.bits == 8:  # u = (u - 128) + 128. The second term adds 128 times the sum of x
-            ones = self.s.const(_I8, 1, u.lanes)
-            extra = _in_parts(self.s, self.lanes, self._dot, self.s.const(_I32, 0, self.sum.lanes), ones, x)
-            self.sum = self.sum + (extra << 7)
-            u = u ^ 0x80
-        return super().add(u, x)
-
 
 class _Avx2(DotSum):
     """Products are added in pairs of 16 bits, as many as 16 bits can hold, and the pairs in i32 lanes."""
@@ -68,11 +60,6 @@ class _Avx2(DotSum):
         self.most = 1 if bits < 0 else (1 << 15) // (2 * 127 * ((1 << bits) - 1))
 
     def add(self, u: Val, x: Val) -> DotSum:
-        if self.bits == 8:  # pairs would overflow: multiply the even and the odd bytes as 16-bit numbers
-            v, w = u.as_type(_I16), x.as_type(_I16)
-            self._widen((v & 255), (w << 8).sar(8))
-            self._widen(v >> 8, w.sar(8))
-            return self
         if self.bits < 0:  # |u| * (x with the sign of u): 128 * 127 * 2 < 2^15
             u, x = (_by_parts(self.s, "llvm.x86.avx2.psign.b", 32, v, u) for v in (u, x))
         products = _by_parts(self.s, "llvm.x86.avx2.pmadd.ub.sw", 32, u, x, _I16)
@@ -82,12 +69,9 @@ class _Avx2(DotSum):
         self.held += 1
         return self
 
-    def _widen(self, u: Val, x: Val) -> None:
-        self.sum = self.sum + _by_parts(self.s, "llvm.x86.avx2.pmadd.wd", 16, u, x, _I32)
-
     def _flush(self) -> None:
         if self.pairs is not None:
-            self._widen(self.pairs, self.s.const(_I16, 1, self.pairs.lanes))
+            self.sum = _pairs_avx2(self.s, self.sum, self.pairs, self.s.const(_I16, 1, self.pairs.lanes))
         self.pairs, self.held = None, 0
 
     def total(self) -> Val:
@@ -132,6 +116,14 @@ def _pairs_by(name: str, lanes: int) -> Callable[..., Val]:
 
 def _pairs_avx2(s: Simd, acc: Val, x: Val, y: Val) -> Val:
     return acc + _by_parts(s, "llvm.x86.avx2.pmadd.wd", 16, x, y, _I32)
+
+
+def _pairs_neon(s: Simd, acc: Val, x: Val, y: Val) -> Val:
+    def pairs(acc: Val, x: Val, y: Val) -> Val:
+        low, high = (x.part(first, 4).to(_I32) * y.part(first, 4).to(_I32) for first in (0, 4))
+        return acc + s.call("llvm.aarch64.neon.addp.v4i32", acc.type, low, high)
+
+    return _in_parts(s, 4, pairs, acc, x, y)
 
 
 def _pairs_generic(s: Simd, acc: Val, x: Val, y: Val) -> Val:
@@ -187,7 +179,7 @@ LOWERINGS = {
     ),
     "vnni256": _x86(_Vnni256, _pairs_by("llvm.x86.avx512.vpdpwssd.256", 8), _pshufb),
     "avx2": _x86(_Avx2, _pairs_avx2, _pshufb),
-    "neon": _plain(_Neon, _pairs_generic, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
+    "neon": _plain(_Neon, _pairs_neon, _look_up_by("llvm.aarch64.neon.tbl1.v16i8", 16)),
     "generic": _plain(_Generic, _pairs_generic, _look_up_generic),
 }
 

@@ -110,13 +110,13 @@ class DotSum:
     """Each add(u, x) adds the sum over j < 4 of u[4i+j] * x[4i+j] to lane i, exactly. The lanes begin with `start`.
 
     start: i32 lanes.
-    u: four times as many bytes, unsigned and below 2^bits. With bits = -8 they are signed, which some instruction sets
-        prefer and the others cannot do (Isa.signed_bytes).
+    u: four times as many bytes, unsigned and below 2^bits. Eight bits are unsigned or, if the instruction set has
+        signed_bytes, signed: then bits is -8.
     x: as many bytes as u, signed and never -128.
     """
 
     def __init__(self, s: "Simd", start: Val, bits: int) -> None:
-        assert bits > 0 or s.isa.signed_bytes
+        assert bits != (8 if s.isa.signed_bytes else -8)
         self.s, self.sum, self.bits = s, start, bits
 
     def add(self, u: Val, x: Val) -> "DotSum":

@@ -23,6 +23,7 @@ from gguf_run.kernels_cpu.panels.memory import WeightPart
 from gguf_run.kernels_cpu.panels.panels import (
     BLOCK,
     FLOAT8_FACTOR,
+    LARGEST_FINE,
     ROWS,
     X_BLOCK_BYTES,
     X_D,
@@ -135,7 +136,7 @@ def weights_of(tensors: Sequence[MemoryTensor]) -> np.ndarray:
             fields["d"] = 1
             blocks = fields.view(np.uint8)
         values = dequantize(blocks, t.type).astype(np.float64)
-        parts.append(values if d.size == 1 else np.round(values * 32767) / 32767 * d)
+        parts.append(values if d.size == 1 else np.round(values * LARGEST_FINE) / LARGEST_FINE * d)
     return np.concatenate(parts)
 
 

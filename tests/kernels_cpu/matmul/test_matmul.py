@@ -97,7 +97,7 @@ def check_type(type_name: str, shapes: Sequence[Shape] = SHAPES) -> None:
         check_matmul(cpu(shape.n_threads), [tensor], shape)
 
 
-@pytest.mark.parametrize("type_name", [*QUANTIZED, *FLOATS, *CODED_FORMS])
+@pytest.mark.parametrize("type_name", dict.fromkeys([*QUANTIZED, *FLOATS, *CODED_FORMS]))
 def test_every_type(type_name: str) -> None:
     check_type(type_name)
 

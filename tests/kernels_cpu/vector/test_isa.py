@@ -43,12 +43,12 @@ OTHERS = (
     "attention/test_cache.py::test_attention_over_what_is_stored[q8_0-q4_0]",
 )
 # AVX-VNNI differs from AVX2 in the integer dot product only; on AVX2 that differs from one width of quants to the next.
-# MXFP4 has a codebook.
+# MXFP4 has a codebook, NF4 two.
 TESTS = {
     "AVX-VNNI": (INSTRUCTIONS_USED, *types_of("Q5_K", "Q8_0")),
     "AVX2": (
         INSTRUCTIONS_USED,
-        *types_of("Q2_K", "Q3_K", "Q4_0", "Q5_K", "Q6_K", "Q8_0", "IQ2_XXS", "MXFP4"),
+        *types_of("Q2_K", "Q3_K", "Q4_0", "Q5_K", "Q6_K", "Q8_0", "IQ2_XXS", "MXFP4", "NF4"),
         *OTHERS,
     ),
     "generic": (INSTRUCTIONS_USED, *types_of("Q8_0", "MXFP4"), *OTHERS),
