@@ -9,6 +9,8 @@ import itertools
 import operator
 from collections.abc import Callable
 
+from llvmlite import ir
+
 from gguf_run.kernels_cpu.matmul.int_tile import int_tile, prefetch_step
 from gguf_run.kernels_cpu.panels.panels import PANELS, ROWS, TOKENS, CodedPanel, FloatPanel, IntPanel, Panel
 from gguf_run.kernels_cpu.vector import isa
@@ -53,7 +55,7 @@ def tile(
         with s.b.if_then(n_tokens.compare("==", n).ir):
             here = range(n_panels if n == 4 else 1)
             # Else the compiler would compute each address of an activation anew from a few of these.
-            xs = [s.opaque(x + x_stride * t) for t in range(n)]
+            xs = [_opaque(s, x + x_stride * t) for t in range(n)]
             ws = [w + w_panel * p for p in here]
             moves = [(t, step * p) for t in range(n) for p in here]
             places = [(init + init_stride * t + move, out + out_stride * t + move) for t, move in moves]
@@ -71,6 +73,12 @@ def tile_at(s: Simd, panel: int, n_tokens: Val, w: Val, n_steps: Val, at: Val, m
             xs = [s.load(at + 8 * t, I64) for t in range(n)]
             outs = [s.load(at + 8 * (TOKENS + t), I64) + move for t in range(n)]
             _tile(s, PANELS[panel], [w], n_steps, xs, [(out, out) for out in outs], ahead)
+
+
+def _opaque(s: Simd, value: Val) -> Val:
+    """Return an i64 of which the compiler knows nothing."""
+    same = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
+    return Val(s, s.b.call(same, [value.ir]))
 
 
 def _tile(

@@ -187,11 +187,6 @@ class Simd:
         """Keep the compiler from moving loads and stores across this place. No instruction comes of it."""
         self.b.fence("seq_cst", "singlethread")
 
-    def opaque(self, value: Val) -> Val:
-        """Return an i64 scalar of which the compiler knows nothing."""
-        same = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
-        return Val(self, self.b.call(same, [value.ir]))
-
     def shuffle(self, value: Val, lanes: Sequence[int] | range) -> Val:
         return self._shuffle(value.ir, ir.Constant(value.type, ir.Undefined), lanes)
 
