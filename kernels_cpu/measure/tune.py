@@ -192,6 +192,7 @@ class _Stage:
         w, x, out, zeros, rows = (array.ctypes.data for array in self._kept)
         with ThreadPoolExecutor(n_threads) as pool:  # pages are there from now on
             list(pool.map(lambda part: part.fill(0), np.array_split(self._kept[0], 4 * n_threads)))
+        self._kept[1].fill(0)  # x: memory that was never written is one page for all rows, and slow to read
         kernel = matmul(panel)
         row = x_stride(_N_IN) if isinstance(shape, IntPanel) else 4 * _N_IN
         none = {"residual_stride": 0, "residual_group": 0, "bias": 0, "scratch": 0, "scratch_stride": 0}
