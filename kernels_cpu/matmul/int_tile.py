@@ -117,8 +117,7 @@ def _add(s: Simd, shape: IntPanel, blocks: "tuple[_Block, ...]", xs: list[Val], 
                 correction = _spread(s, x, X_SUMS + first_sum + 4 * g, I32, lanes) << _log2(shape.offset)
             for p, (block, dot) in enumerate(zip(blocks, dots[t], strict=True)):
                 totals = [part.total() for part in (dot, *fine[t][p : p + 1])]
-                if correction:
-                    totals = [total - correction for total in totals]
+                totals = [total - correction for total in totals] if correction else totals
                 total = (totals[0] << 8) + totals[1] if shape.fine else totals[0]
                 factor = block.scales[g] * d if block.scales else d
                 new.append(s.fma(total.to(F32), factor, acc[t * len(blocks) + p]))
