@@ -90,8 +90,7 @@ class IntPanel:
     has_minimum: bool
     span: int  # columns of a span
     codebook: tuple[int, ...] = ()  # if not empty: u = codebook[code] + offset
-    # If not empty: 256 * codebook[code] + fine[code] is multiplied, in two products; the second u = fine[code] + offset
-    fine: tuple[int, ...] = ()
+    fine: tuple[int, ...] = ()  # if not empty: 256 * codebook[code] + fine[code] is multiplied, in two products
 
     @property
     def columns(self) -> int:
@@ -191,9 +190,8 @@ def _coded_panel(form: CodedForm) -> CodedPanel:
 
 def _panel_of_4_bits(form: CodedForm) -> IntPanel:
     """Return a panel whose integers of 16 bits are at most 1 / 65278 of d from the numbers of the table."""
-    numbers = [round(value * LARGEST_FINE) for value in form.table.tolist()]
-    fine = tuple((number + 128) % 256 - 128 for number in numbers)
-    high = tuple((number + 128) // 256 for number in numbers)
+    high, low = zip(*(divmod(round(v * LARGEST_FINE) + 128, 256) for v in form.table.tolist()), strict=True)
+    fine = tuple(byte - 128 for byte in low)
     return IntPanel(4, 8, 128, BLOCK, SCALES["f32 64"], False, form.type.block_size, high, fine)
 
 
