@@ -12,7 +12,7 @@ from documents import DOCUMENTS, ROOT
 
 FOLDERS = ("formats", "kernels_cpu", "kernels_gpu", "models", "runtime")
 SOURCES = tuple(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
-MOST_LINES, MOST_FILE_LINES, MOST_DOORS = 53_950, 350, 20
+MOST_LINES, MOST_FILE_LINES, MOST_DOORS = 53_946, 350, 20
 MOST_FUNCTION_LINES = {"kernels_cpu": 90, "kernels_gpu": 90}  # elsewhere 60
 # The name of a file in a text: helpers/real.py, but not unpack_*.py. Names with capitals stand for any file.
 NAMED_FILE = re.compile(r"(?<![\w/*.}{-])((?:[a-z_][a-z0-9_-]*/)*[a-z_][a-z0-9_]*\.(?:py|md))\b")

@@ -5,7 +5,7 @@ from documents import ROOT
 from imports import imported
 from tinymodel import write_tiny
 
-MOST_MODULES, MOST_LINES = 76, 10_945
+MOST_MODULES, MOST_LINES = 76, 10_942
 
 
 @pytest.fixture(scope="module")
